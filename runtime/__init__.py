@@ -1,0 +1,1 @@
+"""What making a picture needs at run time: images, tokens, noise, the step schedule and the engines; never torch."""
