@@ -1,0 +1,331 @@
+"""The layers of the networks as functions tensor → tensor, over the TensorRT network API.
+
+Shapes are (B, C, h, w) for feature maps and (B, T, C) for tokens, as in the PyTorch blocks of the same names. Weights
+are found by their checkpoint prefix, which is also the layer's name: `net.at("in_layers.2")` is a step down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trt_builder.config import Options
+from trt_builder.flavour import Flavour
+from trt_builder.weights import Weights
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+Float = type[np.floating]
+
+# Far below any attention score, and finite in half precision: -inf would become NaN where it is subtracted from itself.
+MASKED = -1e4
+
+TYPES: dict[Any, str] = {np.float16: "HALF", np.float32: "FLOAT", np.int32: "INT32", np.uint8: "UINT8"}
+
+
+class NetworkError(ValueError):
+    """A layer that TensorRT refused; the message names it."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """Where a network is being written: the network, how to write it, and the place in the checkpoint.
+
+    `root` is the part of the checkpoint's prefix that layer names leave out. `dtype` is what layers compute in.
+    """
+
+    network: trt.INetworkDefinition
+    flavour: Flavour
+    weights: Weights
+    options: Options
+    stage: str
+    root: str
+    dtype: Float
+    path: tuple[str, ...] = ()
+    used: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def api(self) -> Any:
+        """The TensorRT module."""
+        return self.flavour.trt
+
+    def at(self, *parts: str) -> Net:
+        """The same network one or more steps down in the checkpoint: at("norm1"), at("net.0.proj")."""
+        return replace(self, path=(*self.path, *(part.removeprefix(self.root) for part in parts)))
+
+    def float32(self) -> Net:
+        """The same place, computing in single precision."""
+        return replace(self, dtype=np.float32)
+
+    def weight(self, name: str = "weight") -> np.ndarray:
+        """The weight of this name at this place, in the type that layers compute in."""
+        return self.weights.cast(self.root + ".".join((*self.path, name)), self.dtype)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a weight of this name at this place."""
+        return self.root + ".".join((*self.path, name)) in self.weights
+
+    def name(self, what: str = "") -> str:
+        """A layer's name: stage, place and, where a place has several layers, what it does; unique in the network."""
+        name = "/".join((self.stage, *self.path)) + (f":{what}" if what else "")
+        self.used[name] = count = self.used.get(name, 0) + 1
+        return name if count == 1 else f"{name}#{count}"
+
+    def add(self, layer: trt.ILayer | None, what: str = "") -> trt.ITensor:
+        """Name a layer that was just added, give it its precision, and return its output."""
+        name = self.name(what)
+        if layer is None:
+            raise NetworkError(f"TensorRT refused the layer {name}")
+        layer.name = name
+        if not self.flavour.strongly_typed:
+            self.flavour.set_precision(layer, self.dtype)
+        return layer.get_output(0)
+
+    def type(self, dtype: Any) -> Any:
+        """TensorRT's name of a numpy type."""
+        return self.api.DataType.__members__[TYPES[dtype]]
+
+    def cast(self, x: trt.ITensor, dtype: Any = None) -> trt.ITensor:
+        """x as the type that layers compute in, or as another."""
+        to = self.type(dtype or self.dtype)
+        return self.add(self.network.add_cast(x, to), "cast") if self.flavour.needs_cast(x, to) else x
+
+    def constant(self, array: np.ndarray, shape: Sequence[int], what: str = "constant") -> trt.ITensor:
+        """A constant of this shape, in the type that layers compute in."""
+        array = self.weights.keep(np.asarray(array, self.dtype))
+        return self.add(self.network.add_constant(tuple(shape), array), what)
+
+
+# -- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def elementwise(net: Net, a: trt.ITensor, b: trt.ITensor, operation: str, what: str) -> trt.ITensor:
+    """a and b of the same rank, each broadcast along its dimensions of one."""
+    return net.add(net.network.add_elementwise(a, b, getattr(net.api.ElementWiseOperation, operation)), what)
+
+
+def add(net: Net, a: trt.ITensor, b: trt.ITensor, what: str = "add") -> trt.ITensor:
+    return elementwise(net, a, b, "SUM", what)
+
+
+def sub(net: Net, a: trt.ITensor, b: trt.ITensor, what: str = "sub") -> trt.ITensor:
+    return elementwise(net, a, b, "SUB", what)
+
+
+def mul(net: Net, a: trt.ITensor, b: trt.ITensor, what: str = "mul") -> trt.ITensor:
+    return elementwise(net, a, b, "PROD", what)
+
+
+def scalar(net: Net, x: trt.ITensor, value: float) -> trt.ITensor:
+    """A number that broadcasts over x."""
+    return net.constant(np.full(1, value), [1] * len(x.shape), f"{value:.4g}")
+
+
+def unary(net: Net, x: trt.ITensor, operation: str) -> trt.ITensor:
+    return net.add(net.network.add_unary(x, getattr(net.api.UnaryOperation, operation)), operation.lower())
+
+
+def sigmoid(net: Net, x: trt.ITensor) -> trt.ITensor:
+    return net.add(net.network.add_activation(x, net.api.ActivationType.SIGMOID), "sigmoid")
+
+
+def silu(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """x · sigmoid(x)."""
+    return mul(net, x, sigmoid(net, x), "silu")
+
+
+def quick_gelu(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """x · sigmoid(1.702 x)."""
+    return mul(net, x, sigmoid(net, mul(net, x, scalar(net, x, 1.702))), "quick_gelu")
+
+
+def gelu(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """x · Φ(x), with erf."""
+    if net.flavour.gelu:
+        return net.add(net.network.add_activation(x, net.api.ActivationType.GELU_ERF), "gelu")
+    phi = add(net, unary(net, mul(net, x, scalar(net, x, 0.5**0.5)), "ERF"), scalar(net, x, 1.0))
+    return mul(net, mul(net, x, scalar(net, x, 0.5)), phi, "gelu")
+
+
+def clamp(net: Net, x: trt.ITensor, low: float, high: float) -> trt.ITensor:
+    layer = net.network.add_activation(x, net.api.ActivationType.CLIP)
+    layer.alpha, layer.beta = low, high
+    return net.add(layer, "clamp")
+
+
+# -- shape ------------------------------------------------------------------------------------------------------------
+
+
+def reshape(net: Net, x: trt.ITensor, shape: Sequence[int], before: Sequence[int] = (), after: Sequence[int] = (),
+            what: str = "reshape") -> trt.ITensor:  # fmt: skip
+    """x permuted as `before`, then reshaped, then permuted as `after`."""
+    layer = net.network.add_shuffle(x)
+    if before:
+        layer.first_transpose = tuple(before)
+    layer.reshape_dims = tuple(shape)
+    if after:
+        layer.second_transpose = tuple(after)
+    return net.add(layer, what)
+
+
+def permute(net: Net, x: trt.ITensor, order: Sequence[int]) -> trt.ITensor:
+    layer = net.network.add_shuffle(x)
+    layer.first_transpose = tuple(order)
+    return net.add(layer, "permute")
+
+
+def chunk(net: Net, x: trt.ITensor, chunks: int, axis: int) -> list[trt.ITensor]:
+    """x cut into equal parts along an axis."""
+    shape = list(x.shape)
+    size = shape[axis] // chunks
+    shape[axis] = size
+    starts = [[size * i if d == axis else 0 for d in range(len(shape))] for i in range(chunks)]
+    return [net.add(net.network.add_slice(x, start, shape, [1] * len(shape)), f"chunk{i}")
+            for i, start in enumerate(starts)]  # fmt: skip
+
+
+def concat(net: Net, tensors: Sequence[trt.ITensor], axis: int, what: str = "concat") -> trt.ITensor:
+    layer = net.network.add_concatenation(list(tensors))
+    layer.axis = axis
+    return net.add(layer, what)
+
+
+def match_batch(net: Net, x: trt.ITensor, batch: int) -> trt.ITensor:
+    """Repeat x (N, …) along its batch to `batch` = k·N rows: sample order is kept within each of the k groups."""
+    return x if x.shape[0] == batch else concat(net, [x] * (batch // x.shape[0]), 0, "match_batch")
+
+
+# -- layers with weights ----------------------------------------------------------------------------------------------
+
+
+def conv(net: Net, x: trt.ITensor, stride: int = 1, padding: tuple[int, int] | None = None) -> trt.ITensor:
+    """Convolution; `padding` is (before, after) on both axes, by default what keeps the size at stride 1."""
+    weight, bias = net.weight(), net.weight("bias")
+    kernel = weight.shape[2:]
+    layer = net.network.add_convolution_nd(x, weight.shape[0], kernel, weight, bias)
+    before, after = padding or (kernel[0] // 2, kernel[0] // 2)
+    layer.stride_nd, layer.pre_padding, layer.post_padding = (stride, stride), (before, before), (after, after)
+    return net.add(layer)
+
+
+def linear(net: Net, x: trt.ITensor, parts: Sequence[str] = ()) -> trt.ITensor:
+    """x (…, C) → (…, D) by the weight at this place, or by the weights of several places joined along D.
+
+    A matrix product, not a 1×1 convolution: TensorRT fuses it with the attention and the normalisation around it.
+    """
+    names = [net.at(part) for part in parts] or [net]
+    prefixes = [n.root + ".".join(n.path) for n in names]
+    weight = net.weights.cast(tuple(f"{p}.weight" for p in prefixes), net.dtype)  # (D, C)
+    lead = [1] * (len(x.shape) - 2)
+    what = "+".join(parts)
+    w = net.constant(weight, [*lead, *weight.shape], f"{what}.weight" if what else "weight")
+    matrix = net.api.MatrixOperation
+    y = net.add(net.network.add_matrix_multiply(x, matrix.NONE, w, matrix.TRANSPOSE), what)
+    if not names[0].has("bias"):
+        return y
+    bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype)
+    return add(net, y, net.constant(bias, [*lead, 1, len(bias)], f"{what}.bias" if what else "bias"), "add_bias")
+
+
+def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
+    """Rows of the weight at this place: ids (B, T) → (B, T, C)."""
+    weight = net.weight()
+    return net.add(net.network.add_gather(net.constant(weight, weight.shape, "weight"), ids, 0))
+
+
+def layer_norm(net: Net, x: trt.ITensor, eps: float = 1e-5) -> trt.ITensor:
+    """LayerNorm over the channels of x (B, T, C)."""
+    scale = net.constant(net.weight(), (1, 1, x.shape[2]), "weight")
+    bias = net.constant(net.weight("bias"), (1, 1, x.shape[2]), "bias")
+    layer = getattr(net.network, net.flavour.normalization)(x, scale, bias, 1 << 2)
+    layer.epsilon = eps
+    return net.add(layer)
+
+
+def group_norm(net: Net, x: trt.ITensor, eps: float = 1e-5, with_silu: bool = False, groups: int = 32) -> trt.ITensor:
+    """GroupNorm of x (B, C, h, w) (Wu & He 2018), followed by SiLU or not: one plugin, or TensorRT's own layers."""
+    rows, channels = x.shape[0], x.shape[1]
+    add_plugin = net.flavour.group_norm_plugin(channels, rows, net.options)
+    if add_plugin:
+        exact = net.float32()
+        scale = exact.constant(exact.weight(), (channels,), "weight")
+        bias = exact.constant(exact.weight("bias"), (channels,), "bias")
+        return net.add(add_plugin(net.network, [x, scale, bias], "/".join(net.path), eps, with_silu))
+    per_channel = net.flavour.normalization == "add_normalization_v2"
+    scale = net.constant(net.weight(), (1, channels, 1, 1), "weight")
+    bias = net.constant(net.weight("bias"), (1, channels, 1, 1), "bias")
+    one = scale if per_channel else net.constant(np.ones(groups), (1, groups, 1, 1), "one")
+    zero = bias if per_channel else net.constant(np.zeros(groups), (1, groups, 1, 1), "zero")
+    layer = getattr(net.network, net.flavour.normalization)(x, one, zero, 1 << 2 | 1 << 3)
+    layer.num_groups, layer.epsilon = groups, eps
+    y = net.add(layer)
+    if not per_channel:
+        y = add(net, mul(net, y, scale, "scale"), bias, "shift")
+    return silu(net, y) if with_silu else y
+
+
+def upsample_nearest(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """(B, C, h, w) → (B, C, 2h, 2w)."""
+    layer = net.network.add_resize(x)
+    layer.resize_mode, layer.scales = net.api.InterpolationMode.NEAREST, (1, 1, 2, 2)
+    return net.add(layer, "nearest")
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    net: Net, q: trt.ITensor, k: trt.ITensor, v: trt.ITensor, heads: int, causal: bool = False
+) -> trt.ITensor:
+    """Multi-head attention of q (B, T, C) over k, v (B, S, C) → (B, T, C), under a causal mask or not.
+
+    Heads may have any width; those of the UNet and of CLIP (40 to 160) become one kernel in half precision, the single
+    head of the autoencoder (512) does not.
+    """
+    tokens, keys, channels = q.shape[1], k.shape[1], q.shape[2]
+    q, k, v = (split_heads(net, t, heads, what) for t, what in ((q, "q"), (k, "k"), (v, "v")))  # (B, heads, T, d)
+    mask = None
+    if causal:
+        mask = net.constant(np.triu(np.full((tokens, keys), MASKED), 1), (1, 1, tokens, keys), "mask")
+    scale = (channels // heads) ** -0.5
+    if net.options.attention == "fused" and net.flavour.attention:
+        y = net.add(net.flavour.add_attention(net.network, mul(net, q, scalar(net, q, scale), "scale"), k, v, mask))
+    else:
+        y = plain_attention(net, q, k, v, scale, mask)
+    return reshape(net, y, (y.shape[0], tokens, channels), before=(0, 2, 1, 3), what="merge_heads")
+
+
+def plain_attention(
+    net: Net, q: trt.ITensor, k: trt.ITensor, v: trt.ITensor, scale: float, mask: trt.ITensor | None
+) -> trt.ITensor:
+    """softmax(q·kᵀ·scale + mask)·v of (B, heads, T, d), in the form that TensorRT recognises and fuses."""
+    matrix = net.api.MatrixOperation
+    # A head too wide for the fused kernel leaves its scores in memory, where half precision needs them scaled.
+    scale_scores = net.flavour.scale_scores and q.shape[3] <= 256
+    if not scale_scores:
+        q = mul(net, q, scalar(net, q, scale), "scale")
+    scores = net.add(net.network.add_matrix_multiply(q, matrix.NONE, k, matrix.TRANSPOSE), "scores")
+    if scale_scores:
+        scores = mul(net, scores, scalar(net, scores, scale), "scale")
+    if mask is not None:
+        scores = add(net, scores, mask, "add_mask")
+    layer = net.network.add_softmax(scores)
+    layer.axes = 1 << 3
+    return net.add(net.network.add_matrix_multiply(net.add(layer, "softmax"), matrix.NONE, v, matrix.NONE), "values")
+
+
+def split_heads(net: Net, x: trt.ITensor, heads: int, what: str) -> trt.ITensor:
+    """(B, T, C) → (B, heads, T, C / heads)."""
+    batch, tokens, channels = x.shape
+    return reshape(net, x, (batch, tokens, heads, channels // heads), after=(0, 2, 1, 3), what=f"{what}_heads")
+
+
+def self_qkv(net: Net, x: trt.ITensor, parts: tuple[str, str, str]) -> list[trt.ITensor]:
+    """Q, K and V (B, T, C) of x (B, T, C) by the linear layers named, in one matrix product or in three."""
+    if net.options.qkv == "joined":
+        return chunk(net, linear(net, x, parts), 3, 2)
+    return [linear(net.at(part), x) for part in parts]

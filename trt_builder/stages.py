@@ -1,0 +1,273 @@
+"""The pipeline's stages as TensorRT networks: the same names, shapes and order as the PyTorch twins in cldm/stages.py.
+
+N samples, B = 2·N rows: N with the prompt, then N with the negative prompt; h, w = H/8, W/8. What the sampler reads and
+writes (x, e, noise, scales, guidance, coefficients) is float32; what passes between stages has the precision of the
+options, and its feature maps (B, C, h, w) are channels-last, so that a boundary costs no reformat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trt_builder.clip import text_transformer
+from trt_builder.config import ModelConfig, Options, Shape
+from trt_builder.control import residuals
+from trt_builder.flavour import Flavour
+from trt_builder.hint import hint_block
+from trt_builder.layers import (
+    Net,
+    add,
+    chunk,
+    clamp,
+    conv,
+    linear,
+    match_batch,
+    mul,
+    permute,
+    reshape,
+    scalar,
+    silu,
+    sub,
+)
+from trt_builder.time import embed_time, time_rows
+from trt_builder.unet import decode, encode
+from trt_builder.vae import decoder, encoder
+from trt_builder.weights import Weights
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+    from trt_builder.unet import KV
+
+CLIP = "cond_stage_model.transformer.text_model."
+VAE = "first_stage_model."
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage being defined: its network, the model, the shape that it is built for."""
+
+    name: str
+    network: trt.INetworkDefinition
+    flavour: Flavour
+    config: ModelConfig
+    weights: Weights
+    shape: Shape
+    options: Options
+    names: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> Any:
+        """What weights, feature maps and matrix products are in."""
+        return np.float16 if self.options.precision == "fp16" else np.float32
+
+    def net(self, root: str) -> Net:
+        """The place in the checkpoint whose prefix is `root`."""
+        return Net(
+            self.network, self.flavour, self.weights, self.options, self.name, root, self.dtype, used=self.names
+        )  # fmt: skip
+
+    def input(self, name: str, shape: Sequence[int], dtype: Any = None, channels_last: bool = False) -> trt.ITensor:
+        """A named input, in the precision of the options or in another type."""
+        x = self.network.add_input(name, self.net("").type(dtype or self.dtype), tuple(shape))
+        x.allowed_formats = self._formats(channels_last)
+        return x
+
+    def output(self, name: str, y: trt.ITensor, dtype: Any = None, channels_last: bool = False) -> None:
+        """Name y and make it an output; it has this type already, which a weakly typed network must be told."""
+        y.name = name
+        self.network.mark_output(y)
+        self.flavour.set_output_type(y, self.net("").type(dtype or self.dtype))
+        y.allowed_formats = self._formats(channels_last)
+
+    def _formats(self, channels_last: bool) -> int:
+        return self.flavour.channels_last(self.options.precision) if channels_last else self.flavour.linear()
+
+    def rows(self) -> list[trt.ITensor]:
+        """The inputs row0, row1, … (1, C_i)."""
+        return [self.input(f"row{i}", (1, x.out_channels)) for i, x in enumerate(self.config.rows(self.name))]
+
+    def keys_values(self) -> list[KV]:
+        """The inputs k0, v0, k1, v1, … (B, 77, C_i)."""
+        shapes = [(self.shape.batch, self.config.clip.max_length, c) for _, c in self.config.attentions(self.name)]
+        return [(self.input(f"k{i}", shape), self.input(f"v{i}", shape)) for i, shape in enumerate(shapes)]
+
+    def latent(self, name: str) -> trt.ITensor:
+        """The float32 input `name` (N, 4, h, w)."""
+        return self.input(name, (self.shape.samples, self.config.unet.in_channels, self.shape.h, self.shape.w),
+                          np.float32)  # fmt: skip
+
+    def maps(self, name: str, middle: str) -> list[trt.ITensor]:
+        """The channels-last inputs `name`0, `name`1, … (B, C_i, h_i, w_i), one per skip, and `middle`."""
+        unet, shape = self.config.unet, self.shape
+        sizes = list(zip(unet.channels, unet.scales, strict=True))
+        names = [*(f"{name}{i}" for i in range(len(sizes))), middle]
+        return [
+            self.input(name, (shape.batch, channels, shape.h // scale, shape.w // scale), channels_last=True)
+            for name, (channels, scale) in zip(names, [*sizes, sizes[-1]], strict=True)
+        ]
+
+    def prefix_batch(self, net: Net, x: trt.ITensor) -> trt.ITensor:
+        """x, repeated to the whole batch where what comes before the first cross-attention is not shared."""
+        return x if self.options.shared_prefix else match_batch(net, x, self.shape.batch)
+
+
+def clip(stage: Stage) -> None:
+    """`tokens` (B, 77) → `context` (B, 77, D), and `<stage>.k<i>`, `<stage>.v<i>` (B, 77, C_i) per cross-attention."""
+    config = stage.config
+    tokens = stage.input("tokens", (stage.shape.batch, config.clip.max_length), np.int32)
+    context = text_transformer(stage.net(CLIP), config.clip, tokens)
+    stage.output("context", context)
+    for name in config.consumers():
+        for i, (prefix, _) in enumerate(config.attentions(name)):
+            attn = stage.net("").at(prefix)
+            stage.output(f"{name}.k{i}", linear(attn.at("to_k"), context))
+            stage.output(f"{name}.v{i}", linear(attn.at("to_v"), context))
+
+
+def hint(stage: Stage) -> None:
+    """`edges` (1, 3, H, W) in [0, 1] → `hint` (1, C, h, w)."""
+    edges = stage.input("edges", (1, stage.config.hint_channels, stage.shape.height, stage.shape.width))
+    hint = hint_block(stage.net(stage.config.control.prefix), stage.config, edges)
+    stage.output("hint", hint, channels_last=True)
+
+
+def time(stage: Stage) -> None:
+    """`timesteps` (S,) → `<stage>.row<i>` (S, C_i) of each ResBlock."""
+    config = stage.config
+    timesteps = stage.input("timesteps", (stage.shape.steps,), np.int32)
+    emb = {}
+    for unet in (config.unet, config.control):
+        net = stage.net("").at(unet.prefix.removesuffix("."))
+        emb[unet.prefix] = silu(net.at("emb_layers.0"), embed_time(net, unet, timesteps))
+    for name in config.consumers():
+        unet = config.control if name == "control" else config.unet
+        for i, row in enumerate(time_rows(stage.net(""), config.rows(name), emb[unet.prefix])):
+            stage.output(f"{name}.row{i}", row)
+
+
+def control(stage: Stage) -> None:
+    """`x` (N, 4, h, w), `hint` (1, C, h, w), `row<i>` (1, C_i), `k<i>`, `v<i>` (B, 77, C_i) → `residual<i>`.
+
+    One residual (B, C_i, h_i, w_i) per skip of the UNet, the middle block's last.
+    """
+    config, shape = stage.config.control, stage.shape
+    net = stage.net(config.prefix)
+    x = stage.prefix_batch(net, net.cast(stage.latent("x")))
+    hint = stage.input("hint", (1, config.model_channels, shape.h, shape.w), channels_last=True)
+    rows, kv = iter(stage.rows()), iter(stage.keys_values())
+    for i, r in enumerate(residuals(net, config, x, hint, rows, kv)):
+        stage.output(f"residual{i}", match_batch(net, r, shape.batch), channels_last=True)
+
+
+def unet_encoder(stage: Stage) -> None:
+    """`x` (N, 4, h, w), `row<i>` (1, C_i), `k<i>`, `v<i>` (B, 77, C_i) → `skip<i>` (B, C_i, h_i, w_i), `middle`."""
+    config = stage.config.unet
+    net = stage.net(config.prefix)
+    x = stage.prefix_batch(net, net.cast(stage.latent("x")))
+    skips, middle = encode(net, config, x, iter(stage.rows()), iter(stage.keys_values()))
+    for i, s in enumerate(skips):
+        stage.output(f"skip{i}", match_batch(net, s, stage.shape.batch), channels_last=True)
+    stage.output("middle", middle, channels_last=True)
+
+
+def unet_decoder(stage: Stage) -> None:
+    """Skips, middle and residuals → `e` (N, 4, h, w) and `x_next` (N, 4, h, w).
+
+    Besides `skip<i>`, `middle`, `residual<i>`, `row<i>`, `k<i>`, `v<i>` it takes `scales` (residuals, B), one control
+    scale per residual and row; `guidance` (1,); `x` (N, 4, h, w); `noise` (N, 4, h, w); and `coefficients` (2,), the
+    a, b of the update x' = a·x + b·e + noise.
+    """
+    config = stage.config.unet
+    *skips, middle = stage.maps("skip", "middle")
+    residuals = stage.maps("residual", f"residual{len(skips)}")
+    rows, kv = iter(stage.rows()), iter(stage.keys_values())
+    scales = stage.input("scales", (len(residuals), stage.shape.batch), np.float32)
+    guidance = stage.input("guidance", (1,), np.float32)
+    x, noise = stage.latent("x"), stage.latent("noise")
+    coefficients = stage.input("coefficients", (2,), np.float32)
+
+    net = stage.net(config.prefix)
+    scaled = scale_rows(net, residuals, scales)
+    *skips, middle = (
+        add(net, s, r, f"add_residual{i}") for i, (s, r) in enumerate(zip([*skips, middle], scaled, strict=True))
+    )
+    both = decode(net, config, skips, middle, rows, kv)
+
+    exact = net.float32()
+    cond, uncond = chunk(exact, exact.cast(both), 2, 0)
+    guidance = reshape(exact, guidance, (1, 1, 1, 1), what="guidance")
+    e = add(exact, uncond, mul(exact, guidance, sub(exact, cond, uncond)), "guided")
+    a, b = chunk(exact, reshape(exact, coefficients, (2, 1, 1, 1), what="coefficients"), 2, 0)
+    x_next = add(exact, add(exact, mul(exact, a, x, "a_x"), mul(exact, b, e, "b_e")), noise, "add_noise")
+    stage.output("e", e, np.float32)
+    stage.output("x_next", x_next, np.float32)
+
+
+def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor) -> list[trt.ITensor]:
+    """Each tensor (B, C, h, w) times its line of `scales` (tensors, B), one factor per row of the batch."""
+    count, batch = scales.shape
+    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)
+    return [mul(net, t, f, f"scale{i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
+
+
+def vae_decoder(stage: Stage) -> None:
+    """`x` (N, 4, h, w) → `picture` (N, H, W, 3) uint8, truncated to whole numbers as the original does."""
+    net = stage.net(VAE)
+    exact = net.float32()
+    x = stage.latent("x")
+    z = net.cast(mul(exact, x, scalar(exact, x, 1 / stage.config.scale_factor), "unscale"))
+    decoded = decoder(net.at("decoder"), stage.config.vae, conv(net.at("post_quant_conv"), z))
+    y = permute(exact, exact.cast(decoded), (0, 2, 3, 1))
+    half = scalar(exact, y, 127.5)
+    y = clamp(exact, add(exact, mul(exact, y, half), half), 0, 255)
+    stage.output("picture", exact.cast(y, np.uint8), np.uint8)
+
+
+def vae_encoder(stage: Stage) -> None:
+    """`picture` (N, H, W, 3) uint8 → `x` (N, 4, h, w), the scaled mean of the posterior."""
+    shape, net = stage.shape, stage.net(VAE)
+    exact = net.float32()
+    picture = stage.input("picture", (shape.samples, shape.height, shape.width, 3), np.uint8)
+    x = permute(exact, exact.cast(picture), (0, 3, 1, 2))
+    x = sub(exact, mul(exact, x, scalar(exact, x, 1 / 127.5)), scalar(exact, x, 1.0))
+    moments = conv(net.at("quant_conv"), encoder(net.at("encoder"), stage.config.vae, net.cast(x)))
+    mean, _ = chunk(exact, exact.cast(moments), 2, 1)
+    stage.output("x", mul(exact, mean, scalar(exact, mean, stage.config.scale_factor), "rescale"), np.float32)
+
+
+_DEFINE: dict[str, Callable[[Stage], None]] = {
+    "clip": clip,
+    "hint": hint,
+    "time": time,
+    "control": control,
+    "unet_encoder": unet_encoder,
+    "unet_decoder": unet_decoder,
+    "vae_decoder": vae_decoder,
+    "vae_encoder": vae_encoder,
+}
+STAGES: tuple[str, ...] = tuple(_DEFINE)
+
+
+def define(
+    stage: str,
+    network: trt.INetworkDefinition,
+    flavour: Flavour,
+    config: ModelConfig,
+    weights: Weights,
+    shape: Shape,
+    options: Options,
+) -> None:
+    """Define a stage in an empty network: named and typed inputs, layers, named outputs.
+
+    Raises ValueError for an unknown stage, WeightsError for weights that are missing or too large for the precision,
+    and NetworkError for a layer that TensorRT refuses. The weights hold what the network points to until `release`.
+    """
+    if stage not in _DEFINE:
+        raise ValueError(f"there is no stage {stage!r}: take one of {', '.join(STAGES)}")
+    network.name = stage
+    _DEFINE[stage](Stage(stage, network, flavour, config, weights, shape, options))

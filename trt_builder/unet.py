@@ -1,0 +1,125 @@
+"""The UNet's two halves, and the blocks that ControlNet shares with them (twins: ldm/unet.py, ldm/attention.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trt_builder.config import Block, UNetConfig
+from trt_builder.layers import (
+    Net,
+    add,
+    attention,
+    chunk,
+    concat,
+    conv,
+    gelu,
+    group_norm,
+    layer_norm,
+    linear,
+    match_batch,
+    mul,
+    reshape,
+    self_qkv,
+    upsample_nearest,
+)
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+    KV = tuple[trt.ITensor, trt.ITensor]
+
+
+def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
+    """Two GroupNorm-SiLU-convolutions with the time row (1, D) added between them: (B, C, h, w) → (B, D, h, w)."""
+    h = group_norm(net.at("in_layers.0"), x, with_silu=True)
+    h = conv(net.at("in_layers.2"), h)
+    h = add(net, h, reshape(net, row, (1, row.shape[1], 1, 1), what="row"), "add_row")
+    h = group_norm(net.at("out_layers.0"), h, with_silu=True)
+    h = conv(net.at("out_layers.3"), h)
+    skip = net.at("skip_connection")
+    return add(net, conv(skip, x) if skip.has("weight") else x, h)
+
+
+def geglu(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """Gated linear unit with GELU (Shazeer 2020): (B, T, C) → (B, T, D)."""
+    x, gate = chunk(net, linear(net.at("proj"), x), 2, 2)
+    return mul(net, x, gelu(net, gate))
+
+
+def feed_forward(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """GEGLU to 4·C, then back: (B, T, C) → (B, T, C)."""
+    return linear(net.at("net.2"), geglu(net.at("net.0"), x))
+
+
+def self_attention(net: Net, x: trt.ITensor, heads: int) -> trt.ITensor:
+    """Attention of x (B, T, C) over itself."""
+    q, k, v = self_qkv(net, x, ("to_q", "to_k", "to_v"))
+    return linear(net.at("to_out.0"), attention(net, q, k, v, heads))
+
+
+def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
+    """Attention of x (B, T, C) over the K and V (B, S, C) that the stage `clip` made of the text."""
+    return linear(net.at("to_out.0"), attention(net, linear(net.at("to_q"), x), *kv, heads))
+
+
+def transformer_block(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
+    """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and a residual: (B, T, C)."""
+    x = add(net, self_attention(net.at("attn1"), layer_norm(net.at("norm1"), x), heads), x, "add1")
+    # Before the first cross-attention cond and uncond are the same numbers, so x may still be at batch N here.
+    x = match_batch(net, x, kv[0].shape[0])
+    x = add(net, cross_attention(net.at("attn2"), layer_norm(net.at("norm2"), x), kv, heads), x, "add2")
+    return add(net, feed_forward(net.at("ff"), layer_norm(net.at("norm3"), x)), x, "add3")
+
+
+def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, depth: int) -> trt.ITensor:
+    """Transformer over the h·w positions of a feature map, conditioned on the text: (B, C, h, w) → (B, C, h, w)."""
+    batch, channels, h, w = x.shape
+    y = conv(net.at("proj_in"), group_norm(net.at("norm"), x, eps=1e-6))
+    y = reshape(net, y, (batch, h * w, channels), before=(0, 2, 3, 1), what="to_tokens")
+    for i in range(depth):
+        y = transformer_block(net.at(f"transformer_blocks.{i}"), y, next(kv), heads)
+    y = reshape(net, y, (y.shape[0], h, w, channels), after=(0, 3, 1, 2), what="to_map")
+    y = conv(net.at("proj_out"), y)
+    return add(net, y, match_batch(net, x, y.shape[0]))
+
+
+def run_block(
+    net: Net, config: UNetConfig, block: Block, x: trt.ITensor, rows: Iterator[trt.ITensor], kv: Iterator[KV]
+) -> trt.ITensor:
+    """One input, middle or output block, drawing rows and K/V in layer order."""
+    for layer in block:
+        at = net.at(layer.prefix)
+        if layer.kind == "conv":
+            x = conv(at, x)
+        elif layer.kind == "res":
+            x = res_block(at, x, next(rows))
+        elif layer.kind == "transformer":
+            x = spatial_transformer(at, x, kv, config.num_heads, config.transformer_depth)
+        elif layer.kind == "down":
+            x = conv(at.at("op"), x, stride=2)
+        else:
+            x = conv(at.at("conv"), upsample_nearest(at, x))
+    return x
+
+
+def encode(
+    net: Net, config: UNetConfig, x: trt.ITensor, rows: Iterator[trt.ITensor], kv: Iterator[KV]
+) -> tuple[list[trt.ITensor], trt.ITensor]:
+    """The input half: the skips, one per input block, and the middle block's output."""
+    skips = []
+    for block in config.input_blocks:
+        x = run_block(net, config, block, x, rows, kv)
+        skips.append(x)
+    return skips, run_block(net, config, config.middle_block, x, rows, kv)
+
+
+def decode(
+    net: Net, config: UNetConfig, skips: list[trt.ITensor], middle: trt.ITensor, rows: Iterator[trt.ITensor],
+    kv: Iterator[KV],
+) -> trt.ITensor:  # fmt: skip
+    """The output half: skips and the middle block's output → e (B, 4, h, w)."""
+    x = middle
+    for block, skip in zip(config.output_blocks, reversed(skips), strict=True):
+        x = run_block(net, config, block, concat(net.at(block[0].prefix), [x, skip], 1), rows, kv)
+    return conv(net.at("out.2"), group_norm(net.at("out.0"), x, with_silu=True))
