@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path(__file__).with_name("tiny.safetensors"))
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the npm tarballs (default: data)")
     parser.add_argument("--output", type=Path, default=Path("runs/tiny/evaluation"), help="folder for what is written")
-    parser.add_argument("--scale", type=float, default=5.0, help="guidance (default: 5)")
+    parser.add_argument("--scale", type=float, default=2.0, help="guidance (default: 2)")
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=positive, default=100, help="how many of the 100 emoji")
