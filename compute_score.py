@@ -35,11 +35,13 @@ from bench.report import (
     write_json,
 )
 from runtime.images import ImageError, canny_hint, read_image, resize_image
+from runtime.manifest import EngineError
 from runtime.schedule import Schedule, ddim_timesteps
 
 if TYPE_CHECKING:  # these import torch or matplotlib, which a mistyped option need not wait for
     from bench.figures import SheetColumn
     from bench.measure import Input, Pipeline, Tell
+    from runtime import Canny2Image
 
 ROOT = Path(__file__).resolve().parent
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -48,10 +50,6 @@ LARGEST = {"strength": 10, "scale": 100}  # far beyond use: larger ones overflow
 NEGATIVE = (
     "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, "
     "worst quality, low quality"
-)
-NO_TENSORRT = (
-    "--backend tensorrt is not in this version: use --backend torch until a version with `python preprocess.py`, "
-    "which builds the engines."
 )
 ERRORS = Console(stderr=True)
 log = logging.getLogger("compute_score")
@@ -93,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny, sd15 or a .yaml file (%(default)s)")
     add("--weights", type=Path, help="the model's weights (its usual place)")
     add("--backend", choices=("auto", "torch", "tensorrt"), default="auto", help="of the candidate (%(default)s)")
-    add("--engines", type=Path, help="folder of the TensorRT engines, for --backend tensorrt")
+    add("--engines", type=Path, help="the folder of TensorRT engines, or one that holds several (engines/)")
     add("--schedule", default="hackathon-10", help="a name, steps as 19,18,4 or a .yaml file (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where PyTorch runs (%(default)s)")
     add = make.add_argument_group("what to do with the result").add_argument
@@ -118,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("compute_score: stopped, and nothing was written.", file=sys.stderr)
         return 130
-    except (BadInput, ImageError, OutputError, OSError) as error:
+    except (BadInput, EngineError, ImageError, OutputError, OSError) as error:
         print(f"compute_score: {sentence(error)}", file=sys.stderr)
         return 2
     return 1 if options.strict and not passed else 0
@@ -158,7 +156,7 @@ def benchmark(options: argparse.Namespace) -> bool:
 
         inception = InceptionFeatures()  # on the CPU, so that a score does not depend on the GPU
         device = choose_device(options)
-        reference, candidate = load_pipelines(options, schedule, device)
+        reference, candidate, engines = load_pipelines(options, schedule, device, inputs)
     arguments = {
         "prompt": options.prompt,
         "a_prompt": options.added_prompt,
@@ -177,9 +175,9 @@ def benchmark(options: argparse.Namespace) -> bool:
     from torch import OutOfMemoryError
 
     total = 2 * (len(inputs) + len({item.size for item in inputs}))
-    facts = {
+    facts: dict[str, Any] = {
         "model": options.model,
-        "backend": "torch",
+        "backend": "tensorrt" if engines else "torch",
         "device": device,
         "schedule": {
             "name": schedule.name,
@@ -187,6 +185,8 @@ def benchmark(options: argparse.Namespace) -> bool:
             "evaluated": list(schedule.evaluated),
         },
     }
+    if engines:
+        facts["engines"] = engines.about()
     title = f"canny2image · {Path(options.model).stem} · {schedule.name}"
     try:
         with output_folder(options.output) as folder:
@@ -196,6 +196,9 @@ def benchmark(options: argparse.Namespace) -> bool:
     except OutOfMemoryError:
         advice = "take a smaller --resolution or fewer --samples, or --device cpu."
         raise BadInput(f"the GPU has not enough memory: {advice}") from None
+    finally:
+        if engines:
+            engines.close()
     show(options, results, summary)
     return not summary["failed"]
 
@@ -245,10 +248,6 @@ def check_numbers(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if not 0 <= value <= most:  # nan, too
             raise BadInput(f"--{name} is {value}, but must lie between 0 and {most}.")
-    if options.backend == "tensorrt":
-        raise BadInput(NO_TENSORRT)
-    if options.engines:
-        log.warning("--engines is for --backend tensorrt: the torch backend does not read it.")
 
 
 def find_pictures(paths: Iterable[Path]) -> list[Path]:
@@ -306,12 +305,18 @@ def choose_device(options: argparse.Namespace) -> str:
     return options.device
 
 
-def load_pipelines(options: argparse.Namespace, schedule: Schedule, device: str) -> tuple[Pipeline, Pipeline]:
-    """Reference and candidate on one set of weights; the errors of `load_model`."""
+def load_pipelines(
+    options: argparse.Namespace, schedule: Schedule, device: str, inputs: Sequence[Input]
+) -> tuple[Pipeline, Pipeline, Canny2Image | None]:
+    """Reference and candidate on one set of weights, and the candidate again where TensorRT makes its pictures."""
+    from bench.candidate import tensorrt_candidate
     from cldm.canny2image import Reference, Staged, load_model
 
+    shapes = [(item.height, item.width, options.samples) for item in inputs]
+    chosen = options.backend, options.engines, options.model, options.weights
+    engines = tensorrt_candidate(*chosen, schedule, shapes)
     model = load_model(options.model, options.weights, device)
-    return Reference(model), Staged(model, schedule)
+    return Reference(model), engines or Staged(model, schedule), engines
 
 
 @contextmanager

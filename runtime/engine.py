@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -23,6 +22,11 @@ DTYPES = {
 }  # fmt: skip
 CHANNELS_LAST = {"HWC": 1, "HWC8": 8, "HWC16": 16}  # to what the channels are padded
 WARM_UP = 5
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+class OutOfMemory(EngineError):
+    """The GPU's memory does not suffice."""
 
 
 class Flavour(Protocol):
@@ -35,6 +39,15 @@ class Flavour(Protocol):
     @property
     def trt(self) -> Any:
         """The module `tensorrt` or `tensorrt_rtx`."""
+
+    def create_context(self, engine: Any) -> Any:
+        """An execution context without activation memory."""
+
+    def activation_bytes(self, engine: Any) -> int:
+        """How much activation memory a context of this engine needs."""
+
+    def set_activation_memory(self, context: Any, address: int, size: int) -> None:
+        """Give a context its activation memory."""
 
 
 @dataclass(frozen=True)
@@ -85,37 +98,60 @@ class Binding:
         return np.ascontiguousarray(stored[..., : self.shape[1]].transpose(0, 3, 1, 2))
 
 
-class Engine:
-    """A plan on the GPU with buffers for its inputs and outputs; use it in a `with` block, which frees them.
+class Plan:
+    """A plan on the GPU: its inputs and outputs by name, and a context that is told where they lie.
 
+    With `own_memory` the context allocates its activation memory, otherwise `set_activation_memory` must give it some.
     Raises EngineError where there is no GPU, cuda-python is missing or TensorRT does not take the plan.
     """
 
-    def __init__(self, plan: bytes, flavour: Flavour) -> None:
-        self._buffers: dict[str, int] = {}
-        self._stream: Any = None
+    def __init__(self, plan: bytes, flavour: Flavour, own_memory: bool = True) -> None:
         if gpu() is None:
             raise EngineError("there is no NVIDIA GPU to run an engine on: run this on the machine that built it.")
-        self._trt = trt = flavour.trt
+        self._flavour, self._trt = flavour, flavour.trt
+        trt = self._trt
         logger = trt.Logger(trt.Logger.ERROR)
         trt.init_libnvinfer_plugins(logger, "")
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
-        self._context: Any = self._engine.create_execution_context() if self._engine else None
+        self._context: Any = None
+        if self._engine and own_memory:
+            self._context = self._engine.create_execution_context()
+        elif self._engine:
+            self._context = flavour.create_context(self._engine)
         if self._context is None:
-            raise EngineError(f"{flavour.name} refuses a plan: build it again with `python -m trt_builder build`.")
+            self.release()
+            raise refusal(flavour, len(plan))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self.inputs = {name: self._binding(name) for name in names if modes[name] == trt.TensorIOMode.INPUT}
         self.outputs = {name: self._binding(name) for name in names if modes[name] == trt.TensorIOMode.OUTPUT}
-        self._stream = check(self._cuda.cudaStreamCreate())
-        for name, binding in (self.inputs | self.outputs).items():
-            self._buffers[name] = check(self._cuda.cudaMalloc(max(1, binding.nbytes)))
-            self._context.set_tensor_address(name, int(self._buffers[name]))
 
-    @cached_property
-    def _cuda(self) -> Any:
-        return cuda_runtime()
+    @property
+    def activation_bytes(self) -> int:
+        """How much activation memory it needs."""
+        return self._flavour.activation_bytes(self._engine)
+
+    def set_activation_memory(self, address: int, size: int) -> None:
+        """Let it work in memory of the caller, at a multiple of 256; what lies there is lost with every run."""
+        self._flavour.set_activation_memory(self._context, address, size)
+
+    def bind(self, addresses: Mapping[str, int]) -> None:
+        """Where inputs and outputs lie from the next run on, at multiples of 256."""
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise EngineError(f"TensorRT does not take an address for the tensor {name}.")
+
+    def execute(self, stream: Any) -> None:
+        """Run once on a stream, without waiting."""
+        if not self._context.execute_async_v3(int(stream)):
+            raise EngineError("TensorRT could not run the engine; its message is above.")
+
+    def release(self) -> None:
+        """Free what TensorRT holds, first what depends on the others."""
+        self._context = None
+        self._engine = None
+        self._runtime = None
 
     def _binding(self, name: str) -> Binding:
         kind, layout = self._engine.get_tensor_dtype(name).name, self._engine.get_tensor_format(name).name
@@ -124,6 +160,27 @@ class Engine:
         if kind not in DTYPES or not fits or min(shape, default=1) < 0:
             raise EngineError(f"the tensor {name} is {kind} {shape} in the format {layout}, which is not handled here.")
         return Binding(name, shape, np.dtype(DTYPES[kind]), layout)
+
+
+class Engine(Plan):
+    """A plan with memory of its own for its inputs and outputs; use it in a `with` block, which frees it.
+
+    Raises EngineError as `Plan` does.
+    """
+
+    def __init__(self, plan: bytes, flavour: Flavour) -> None:
+        self._buffers: dict[str, int] = {}
+        self._stream: Any = None
+        super().__init__(plan, flavour)
+        self._cuda = cuda_runtime()
+        try:
+            self._stream = check(self._cuda.cudaStreamCreate())
+            for name, binding in (self.inputs | self.outputs).items():
+                self._buffers[name] = int(check(self._cuda.cudaMalloc(max(1, binding.nbytes))))
+            self.bind(self._buffers)
+        except EngineError:
+            self.close()
+            raise
 
     def upload(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Copy inputs by name into their buffers; raises ValueError where one is missing, surplus or misshapen."""
@@ -138,8 +195,7 @@ class Engine:
 
     def enqueue(self) -> None:
         """Run once on the engine's stream, without waiting."""
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise EngineError("TensorRT could not run the engine; its message is above.")
+        self.execute(self._stream)
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
@@ -221,7 +277,7 @@ class Engine:
         if self._stream is not None:
             check(self._cuda.cudaStreamDestroy(self._stream))
             self._stream = None
-        self._context = self._engine = self._runtime = None
+        self.release()
 
     def __enter__(self) -> Engine:
         return self
@@ -240,12 +296,30 @@ def cuda_runtime() -> Any:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """The value of a CUDA call; raises EngineError with CUDA's own words where it failed."""
+    """The value of a CUDA call; raises EngineError with CUDA's own words, OutOfMemory where that is the reason."""
+    values = check_many(result)
+    return values[0] if values else None
+
+
+def check_many(result: tuple[Any, ...]) -> list[Any]:
+    """The values of a CUDA call that has several; raises as `check`."""
     error, *values = result
     if int(error):
-        _, text = cuda_runtime().cudaGetErrorString(error)
-        raise EngineError(f"CUDA says: {text.decode()} ({error.name}).")
-    return values[0] if values else None
+        cuda = cuda_runtime()
+        _, text = cuda.cudaGetErrorString(error)
+        cuda.cudaGetLastError()  # or TensorRT would find the error later and take it for its own
+        kind = OutOfMemory if int(error) == OUT_OF_MEMORY else EngineError
+        raise kind(f"CUDA says: {text.decode()} ({error.name}).")
+    return values
+
+
+def refusal(flavour: Flavour, size: int) -> EngineError:
+    """The error of a plan of `size` bytes that TensorRT did not take, which says nothing of why to its caller."""
+    free, _ = check_many(cuda_runtime().cudaMemGetInfo())
+    if free < size:
+        what = f"a plan of {size / 2**20:.0f} MiB does not fit into the {free / 2**20:.0f} MiB that the GPU has free"
+        return OutOfMemory(f"{what}: end other programs on it.")
+    return EngineError(f"{flavour.name} refuses a plan: build it again with `python -m trt_builder build`.")
 
 
 def gpu() -> Gpu | None:

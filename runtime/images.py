@@ -116,6 +116,13 @@ def resize_image(image: np.ndarray, resolution: int) -> np.ndarray:
     Raises ImageError where a side would round to 0 or the result have more than 50 megapixels.
     Source: the ControlNet repository's `resize_image`.
     """
+    height, width = resized_size(image, resolution)
+    grows = resolution > min(image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4 if grows else cv2.INTER_AREA)
+
+
+def resized_size(image: np.ndarray, resolution: int) -> tuple[int, int]:
+    """Height and width of what `resize_image` makes of a picture; raises ImageError as it does."""
     _check_array(image)
     height, width = image.shape[:2]
     k = resolution / min(height, width)
@@ -127,7 +134,7 @@ def resize_image(image: np.ndarray, resolution: int) -> np.ndarray:
             f"The resolution {resolution} would give {new_width}x{new_height} pixels: "
             f"at most {MAX_PIXELS // 10**6} megapixels are made."
         )
-    return cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LANCZOS4 if k > 1 else cv2.INTER_AREA)
+    return new_height, new_width
 
 
 def canny_hint(image: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -69,7 +69,9 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             what = f"{folder} holds no engines ({NAME} is missing)"
-            raise EngineError(f"{what}: run `python -m trt_builder build`.") from None
+            inside = sorted(str(p.parent) for p in Path(folder).glob(f"*/{NAME}"))
+            todo = f"name one of {', '.join(inside)}" if inside else "run `python -m trt_builder build`"
+            raise EngineError(f"{what}: {todo}.") from None
         except (OSError, ValueError) as error:
             raise damaged(path, f"it cannot be read ({str(error).splitlines()[0]})") from None
         if not isinstance(content, dict) or content.pop("made_by", None) != MADE_BY:

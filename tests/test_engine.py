@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime import engine as module
-from runtime.engine import Binding, Engine
+from runtime.engine import Binding, Engine, OutOfMemory
 from runtime.manifest import EngineError
 
 
@@ -70,6 +70,9 @@ class Cuda:
     def cudaEventElapsedTime(self, begin, end):
         return Error.cudaSuccess, 0.25
 
+    def cudaMemGetInfo(self):
+        return Error.cudaSuccess, 2**30, 2**30
+
     def cudaGetErrorString(self, error):
         return Error.cudaSuccess, b"out of memory"
 
@@ -96,6 +99,7 @@ class Context:
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
+        return True
 
     def execute_async_v3(self, stream):
         x, y = (np.ctypeslib.as_array((ctypes.c_uint16 * 32).from_address(self.addresses[n])) for n in "xy")
@@ -171,8 +175,10 @@ def test_what_cannot_run_is_one_sentence(cuda, monkeypatch):
     with pytest.raises(EngineError, match="y is HALF .* CHW32"):
         Engine(b"plan", fake_flavour(odd))
     cuda.full = True
-    with pytest.raises(EngineError, match=r"CUDA says: out of memory \(cudaErrorMemoryAllocation\)"):
+    with pytest.raises(OutOfMemory, match=r"CUDA says: out of memory \(cudaErrorMemoryAllocation\)"):
         Engine(b"plan", fake_flavour())
+    with pytest.raises(OutOfMemory, match="2048 MiB does not fit into the 1024 MiB"):
+        raise module.refusal(fake_flavour(), 2**31)
     monkeypatch.setattr(module, "gpu", lambda: None)
     with pytest.raises(EngineError, match="no NVIDIA GPU"):
         Engine(b"plan", fake_flavour())

@@ -269,6 +269,25 @@ class Flavour:
         """What a build has learnt of its kernels' times, for the next `create_config`; empty where there is none."""
         return bytes(config.get_timing_cache().serialize()) if self.timing_cache else b""
 
+    # -- driving an engine --------------------------------------------------------------------------------------------
+
+    def create_context(self, engine: Any) -> Any:
+        """An execution context without activation memory, which the caller gives it; None where there is none."""
+        if self.strongly_typed:
+            return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        return engine.create_execution_context_without_device_memory()
+
+    def activation_bytes(self, engine: Any) -> int:
+        """How much activation memory a context of this engine needs."""
+        return int(engine.device_memory_size_v2 if self.strongly_typed else engine.device_memory_size)
+
+    def set_activation_memory(self, context: Any, address: int, size: int) -> None:
+        """Give a context its activation memory; the address is a multiple of 256."""
+        if self.strongly_typed:
+            context.set_device_memory(address, size)
+        else:
+            context.device_memory = address
+
 
 def get_flavour(name: str | None = None) -> Flavour:
     """The flavour "tensorrt" (8.6, 10 or 11, whichever is installed) or "tensorrt_rtx"; by default the first found.

@@ -1,0 +1,88 @@
+"""Which backend makes the candidate's pictures, and whether its engines are those of the reference's weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from runtime.engine import gpu
+from runtime.pipeline import Canny2Image, usable
+from runtime.schedule import Schedule
+
+ENGINES = Path(__file__).resolve().parent.parent / "engines"
+
+log = logging.getLogger(__name__)
+
+
+def tensorrt_candidate(
+    backend: str,
+    engines: Path | None,
+    model: str,
+    weights: Path | None,
+    schedule: Schedule,
+    shapes: Iterable[tuple[int, int, int]],
+) -> Canny2Image | None:
+    """The TensorRT pipeline, or None where PyTorch makes the candidate's pictures.
+
+    backend: "tensorrt", "torch", or "auto", which takes TensorRT where there are a GPU and fitting engines, and says
+    so. shapes: height, width and samples of all pictures to come. Raises ValueError where TensorRT is asked for and
+    cannot make them.
+    """
+    if backend == "torch":
+        if engines:
+            log.warning("--engines is for --backend tensorrt: the torch backend does not read it.")
+        return None
+    if backend == "auto":
+        folder = engines or ENGINES
+        if not usable(folder):
+            if engines:
+                log.warning("PyTorch makes the candidate's pictures: there is no GPU, or no engine in %s.", engines)
+            return None
+        try:
+            pipeline = open_pipeline(folder, model, weights, schedule, shapes)
+        except ValueError as error:
+            log.warning("PyTorch makes the candidate's pictures, because %s", error)
+            return None
+        log.warning("TensorRT makes the candidate's pictures, with the engines in %s.", folder)
+        return pipeline
+    if gpu() is None:
+        raise ValueError("--backend tensorrt needs an NVIDIA GPU, and cuda-python sees none here: use --backend torch.")
+    return open_pipeline(engines or ENGINES, model, weights, schedule, shapes)
+
+
+def open_pipeline(
+    folder: Path, model: str, weights: Path | None, schedule: Schedule, shapes: Iterable[tuple[int, int, int]]
+) -> Canny2Image:
+    """The pipeline of a folder; ValueError where it is not for these weights or lacks a shape."""
+    pipeline = Canny2Image(folder, schedule, model=model)
+    try:
+        for shape in shapes:
+            pipeline.manifest_of(*shape)
+        check_weights(pipeline, model, weights)
+    except BaseException:
+        pipeline.close()
+        raise
+    return pipeline
+
+
+def check_weights(pipeline: Canny2Image, model: str, weights: Path | None) -> None:
+    """Raise ValueError unless the engines were built from the weights that the reference is given."""
+    from safetensors import safe_open
+
+    from cldm.canny2image import KNOWN
+    from trt_builder.__main__ import file_sha256
+
+    places = [weights] if weights else KNOWN[model][1] if model in KNOWN else []
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        return  # the reference says so
+    manifest = next(iter(pipeline.manifests.values()))
+    if path.suffix == ".safetensors" and manifest.weights.startswith("random:"):
+        with safe_open(path, framework="numpy") as file:  # random weights are known by what they were made from
+            digest = (file.metadata() or {}).get("source", "")
+    else:
+        digest = file_sha256(path)
+    if digest != manifest.weights_sha256:
+        what = f"{manifest.folder} was built from other weights ({manifest.weights}) than {path}"
+        raise ValueError(f"{what}: run {manifest.command()} with --weights {path}.")
