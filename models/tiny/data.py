@@ -123,33 +123,36 @@ def turn_hue(rgba: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def place(
-    emoji: Emoji, background: np.ndarray, rng: np.random.Generator, scales: tuple[float, float], shift: float
+    emoji: Emoji, background: np.ndarray, rng: np.random.Generator, scale: float, shift: float, vary: float
 ) -> np.ndarray:
     """Put an emoji on a colour (3,) or a picture (128, 128, 3) at random: (128, 128, 3) uint8 RGB."""
     image = emoji.image
     if emoji.may_turn_hue and rng.random() < 0.5:
-        image = turn_hue(image, rng.uniform(-HUE, HUE))
+        image = turn_hue(image, vary * rng.uniform(-HUE, HUE))
     return compose(
         image,
         background,
-        rng.uniform(*scales),
-        rng.uniform(-25, 25),
-        (rng.uniform(-shift, shift), rng.uniform(-shift, shift)),
+        scale * (1 + vary * rng.uniform(-0.25, 0.25)),
+        vary * rng.uniform(-25, 25),
+        (vary * rng.uniform(-shift, shift), vary * rng.uniform(-shift, shift)),
         emoji.may_flip and rng.random() < 0.5,
-        np.exp(rng.uniform(-0.2, 0.2)),
+        np.exp(vary * rng.uniform(-0.2, 0.2)),
     )
 
 
-def sample(emoji: Emoji, rng: np.random.Generator, other: Emoji | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+def sample(
+    emoji: Emoji, rng: np.random.Generator, other: Emoji | None = None, vary: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, str]:
     """One random training sample, maybe with a second emoji before the first.
 
-    Returns image (128, 128, 3) uint8 RGB, edges (128, 128) uint8 0/255 and caption.
+    `vary` scales how far hue, size, angle, place and proportions are changed. Returns image (128, 128, 3) uint8 RGB,
+    edges (128, 128) uint8 0/255 and caption.
     """
     colour = COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
     background = np.clip(np.array(COLOURS[colour]) + rng.uniform(-JITTER, JITTER, 3), 0, 255)
-    picture = place(emoji, background, rng, (0.65, 1.1), 0.08)
+    picture = place(emoji, background, rng, 0.88, 0.08, vary)
     if other is not None:
-        picture = place(other, picture, rng, (0.3, 0.6), 0.3)
+        picture = place(other, picture, rng, 0.45, 0.3, 1.0)
     low = rng.uniform(40, 140)
     edges = cv2.Canny(picture, low, min(low + rng.uniform(40, 160), 255))
     return picture, edges, caption(emoji, colour if rng.random() >= 0.15 else None, rng, other)
@@ -162,21 +165,22 @@ def sampling_weights(emojis: Sequence[Emoji]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _make_chunk(emojis: Sequence[Emoji], seed: int, task: tuple[int, int]) -> tuple[int, list[int], list]:
+def _make_chunk(emojis: Sequence[Emoji], seed: int, vary: float, task: tuple[int, int]) -> tuple[int, list[int], list]:
     chunk, size = task
     rng = np.random.default_rng((seed, chunk))
     chosen, others = rng.choice(len(emojis), (2, size), p=sampling_weights(emojis)).tolist()
     pairs = zip(chosen, others, strict=True)
-    return chunk, chosen, [sample(emojis[i], rng, emojis[j] if rng.random() < PAIRS else None) for i, j in pairs]
+    samples = [sample(emojis[i], rng, emojis[j] if rng.random() < PAIRS * vary else None, vary) for i, j in pairs]
+    return chunk, chosen, samples
 
 
 _worker_chunk = None  # set in each worker process, so that the emoji travel once and not with every task
 
 
-def _start_worker(emojis: Sequence[Emoji], seed: int) -> None:
+def _start_worker(emojis: Sequence[Emoji], seed: int, vary: float) -> None:
     global _worker_chunk
     cv2.setNumThreads(1)
-    _worker_chunk = partial(_make_chunk, emojis, seed)
+    _worker_chunk = partial(_make_chunk, emojis, seed, vary)
 
 
 def _run_worker(task: tuple[int, int]) -> tuple[int, list[int], list]:
@@ -191,11 +195,12 @@ def make_pool(
     workers: int | None = None,
     held_out: bool = False,
     start_method: str | None = None,
+    vary: float = 1.0,
 ) -> Pool:
     """Make `count` random samples of the emoji on one side of the split (training unless `held_out`), in parallel.
 
     The result depends on `seed` but not on `workers` (default: the CPUs this process may use). `Pool.emoji` indexes
-    `emojis`. ValueError where no emoji is on that side or count is not positive.
+    `emojis`; `vary` is that of `sample`. ValueError where no emoji is on that side or count is not positive.
     """
     side = [i for i, emoji in enumerate(emojis) if emoji.held_out == held_out]
     if not side or count < 1:
@@ -221,12 +226,12 @@ def make_pool(
         return pool
 
     if workers == 1:
-        return collect(map(partial(_make_chunk, chosen, seed), tasks))
+        return collect(map(partial(_make_chunk, chosen, seed, vary), tasks))
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # OpenCV's own threads do not survive a fork, and a child that waits for them hangs
     try:
         context = multiprocessing.get_context(start_method)
-        with context.Pool(min(workers, len(tasks)), _start_worker, (chosen, seed)) as processes:
+        with context.Pool(min(workers, len(tasks)), _start_worker, (chosen, seed, vary)) as processes:
             return collect(processes.imap_unordered(_run_worker, tasks))
     finally:
         cv2.setNumThreads(threads)

@@ -172,7 +172,7 @@ def fit(name: str, part: Part, modules: list[nn.Module], copies: list[nn.Module]
     with torch.no_grad():
         torch._foreach_copy_(mirror, params)
     if first < part.steps or minutes:
-        log.info("%s: %.2f M weights, steps %d to %d", name, sum(p.numel() for p in params) / 1e6, first, part.steps)
+        log.info("%s: %.2f M weights from step %d", name, sum(p.numel() for p in params) / 1e6, first)
         value = torch.zeros((), device=device)
 
         def step() -> None:
@@ -312,11 +312,13 @@ def train(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     output = options.output
     output.mkdir(parents=True, exist_ok=True)
-    parts = {k: replace(p, steps=options.steps[i] or p.steps, batch=options.batch or p.batch)
-             for i, (k, p) in enumerate(PARTS.items())}  # fmt: skip
+    parts = {
+        name: replace(p, steps=steps or p.steps, batch=options.batch or p.batch, rate=options.rate or p.rate)
+        for (name, p), steps in zip(PARTS.items(), options.steps, strict=True)
+    }
 
     emojis = load_emoji(options.data)
-    data = Samples(make_pool(emojis, options.samples, options.seed, options.workers), device)
+    data = Samples(make_pool(emojis, options.samples, options.seed, options.workers, vary=options.vary), device)
     few = max(options.samples // 100, 16)
     held = Samples(make_pool(emojis, few, options.seed + 1, options.workers, held_out=True), device)
     held.unknown = data.unknown
@@ -382,6 +384,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="weights to start from, for the parts that are not trained too")
     parser.add_argument("--minutes", type=float, help="train each part for so long instead of a number of steps")
     parser.add_argument("--batch", type=int, default=0, help="samples a step, 0 for each part's default")
+    parser.add_argument("--vary", type=float, default=1.0, help="how far the samples are changed (default: 1)")
+    parser.add_argument("--rate", type=float, default=0, help="learning rate, 0 for each part's default")
     parser.add_argument("--workers", type=int, help="processes that make samples (default: all cores)")
     parser.add_argument("--perceptual", type=Path, help="weights file of stlpips-pytorch (default: the installed one)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
