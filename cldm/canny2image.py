@@ -18,7 +18,7 @@ from cldm.model import create_model, load_state_dict
 from cldm.stages import STAGES, Tensors
 from runtime.images import canny_hint, resize_image
 from runtime.noise import cuda_randn
-from runtime.schedule import Schedule
+from runtime.schedule import Schedule, control_scales
 from runtime.tokenizer import tokenize
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -51,11 +51,6 @@ def load_model(
     loaded = create_model(config, "meta")
     loaded.load_state_dict(load_state_dict(path, device), assign=True)
     return loaded.to(dtype).requires_grad_(False)
-
-
-def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]:
-    """The weight of each of `count` residuals: `strength`, in guess mode falling by 0.825 from the middle block up."""
-    return [strength * (0.825 ** (count - 1 - i) if guess_mode else 1.0) for i in range(count)]
 
 
 def random_seed(seed: int) -> int:

@@ -5,37 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.clip import FrozenCLIPEmbedder
-from runtime.schedule import alphas_cumprod
-
-
-def noise_schedule(linear_start: float, linear_end: float, timesteps: int) -> dict[str, np.ndarray]:
-    """Every schedule constant of the checkpoint, each (timesteps,) float64, by its checkpoint name (Ho et al. 2020)."""
-    acp = alphas_cumprod(linear_start, linear_end, timesteps)
-    prev = np.append(1.0, acp[:-1])
-    alphas = acp / prev
-    betas = 1.0 - alphas
-    variance = betas * (1.0 - prev) / (1.0 - acp)
-    return {
-        "betas": betas,
-        "alphas_cumprod": acp,
-        "alphas_cumprod_prev": prev,
-        "sqrt_alphas_cumprod": np.sqrt(acp),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - acp),
-        "log_one_minus_alphas_cumprod": np.log(1.0 - acp),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / acp),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / acp - 1.0),
-        "posterior_variance": variance,
-        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
-        "posterior_mean_coef1": betas * np.sqrt(prev) / (1.0 - acp),
-        "posterior_mean_coef2": (1.0 - prev) * np.sqrt(alphas) / (1.0 - acp),
-        "logvar": np.zeros(timesteps),
-    }
+from runtime.schedule import noise_schedule
 
 
 class DiffusionWrapper(nn.Module):

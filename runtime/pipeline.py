@@ -20,7 +20,7 @@ from runtime.images import canny_hint, resize_image, resized_size
 from runtime.manifest import NAME, EngineError, Manifest
 from runtime.memory import Recent
 from runtime.noise import cuda_randn
-from runtime.schedule import Schedule, alphas_cumprod
+from runtime.schedule import Schedule, alphas_cumprod, control_scales
 from runtime.session import PipelineOptions, Session, Steps
 from runtime.tokenizer import tokenize
 
@@ -270,11 +270,6 @@ class Stopwatch:
         now = time.perf_counter()
         self.laps[name] = 1000 * (now - self._since)
         self._since = now
-
-
-def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]:
-    """The weight of each of `count` residuals: `strength`, in guess mode falling by 0.825 from the middle block up."""
-    return [strength * (0.825 ** (count - 1 - i) if guess_mode else 1.0) for i in range(count)]
 
 
 @functools.lru_cache(maxsize=64)

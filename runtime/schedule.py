@@ -34,6 +34,32 @@ def alphas_cumprod(
     return np.cumprod(1 - betas)
 
 
+def noise_schedule(
+    linear_start: float = 0.00085, linear_end: float = 0.0120, timesteps: int = TRAIN_STEPS
+) -> dict[str, np.ndarray]:
+    """Every schedule constant of the checkpoint, each (timesteps,) float64, by its checkpoint name (Ho et al. 2020)."""
+    acp = alphas_cumprod(linear_start, linear_end, timesteps)
+    prev = np.append(1.0, acp[:-1])
+    alphas = acp / prev
+    betas = 1.0 - alphas
+    variance = betas * (1.0 - prev) / (1.0 - acp)
+    return {
+        "betas": betas,
+        "alphas_cumprod": acp,
+        "alphas_cumprod_prev": prev,
+        "sqrt_alphas_cumprod": np.sqrt(acp),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - acp),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - acp),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / acp),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / acp - 1.0),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(prev) / (1.0 - acp),
+        "posterior_mean_coef2": (1.0 - prev) * np.sqrt(alphas) / (1.0 - acp),
+        "logvar": np.zeros(timesteps),
+    }
+
+
 def ddim_timesteps(steps: int, train_steps: int = TRAIN_STEPS) -> np.ndarray:
     """The training steps that DDIM visits, ascending; sampling takes them from the last to the first.
 
@@ -145,6 +171,11 @@ class Schedule:
             kept = tuple((draw, float(s)) for draw, s in noise.items() if s > 0)
             updates.append(Update(step, int(timesteps[step]), float(a_run), float(b_run), kept))
         return updates
+
+
+def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]:
+    """The weight of each of `count` residuals: `strength`, in guess mode falling by 0.825 from the middle block up."""
+    return [strength * (0.825 ** (count - 1 - i) if guess_mode else 1.0) for i in range(count)]
 
 
 def _load(path: Path) -> Schedule:

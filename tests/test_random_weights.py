@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.schedule import Schedule
+from runtime.schedule import Schedule, noise_schedule
 from trt_builder.config import ModelConfig, Shape
-from trt_builder.random_weights import identity, random_weights, schedule_constants, statistics, write_random_weights
+from trt_builder.random_weights import identity, random_weights, statistics, write_random_weights
 from trt_builder.verify import random_inputs
 from trt_builder.weights import Weights, expected_shapes
 
@@ -70,7 +70,7 @@ def test_a_written_file_holds_the_same_numbers(tmp_path):
     told: list[int] = []
     write_random_weights(tmp_path / "w.safetensors", some, 4, told.append)
     read, made = Weights.open(tmp_path / "w.safetensors"), random_weights(some, 4)
-    assert set(read) == {*some, *schedule_constants()} and len(told) == len(some)
+    assert set(read) == {*some, *noise_schedule()} and len(told) == len(some)
     for name in some:
         np.testing.assert_array_equal(read[name], made[name])
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
@@ -93,7 +93,7 @@ def model():
     torch.set_num_threads(1)
     from cldm.model import create_model
 
-    shapes = {**{name: value.shape for name, value in schedule_constants().items()}, **SHAPES}
+    shapes = {**{name: value.shape for name, value in noise_schedule().items()}, **SHAPES}
     made = create_model(YAML, "meta")
     arrays = random_weights(shapes, 0)
     made.load_state_dict({name: torch.from_numpy(array).float() for name, array in arrays.items()}, assign=True)
@@ -105,7 +105,7 @@ def test_the_schedule_constants_are_those_of_the_model(model):
     from cldm.model import create_model
 
     fresh = create_model(YAML).state_dict()
-    for name in schedule_constants():
+    for name in noise_schedule():
         np.testing.assert_allclose(model.state_dict()[name], fresh[name], rtol=1e-6)
 
 

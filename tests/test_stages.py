@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cldm.canny2image import Reference, Staged, control_scales
+from cldm.canny2image import Reference, Staged
 from cldm.cldm import ControlLDM
 from cldm.ddim_hacked import DDIMSampler
 from cldm.model import create_model
 from cldm.stages import STAGES
 from runtime.images import read_image
-from runtime.schedule import Schedule
+from runtime.schedule import Schedule, control_scales
 
 ROOT = Path(__file__).resolve().parents[1]
 BIRD = ROOT / "pictures/owl.png"

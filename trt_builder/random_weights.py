@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.schedule import alphas_cumprod
+from runtime.schedule import noise_schedule
 
 Shapes = Mapping[str, Sequence[int]]
 VERSION = 1  # raise it with every change of the numbers
@@ -65,7 +65,7 @@ def write_random_weights(
     as `random_weights` does, and OSError.
     """
     header: dict[str, object] = {"__metadata__": {"source": identity(shapes, seed)}}
-    shapes = {**{name: value.shape for name, value in schedule_constants().items()}, **shapes}
+    shapes = {**{name: value.shape for name, value in noise_schedule().items()}, **shapes}
     places, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype(name).itemsize
@@ -108,7 +108,7 @@ def fill(
     """Write every tensor's numbers into its array."""
     if seed < 0:
         raise ValueError(f"The seed of random weights is {seed}, but cannot be negative.")
-    constants = schedule_constants()
+    constants = noise_schedule()
     for name, array in weights.items():
         if name in constants:
             array[...] = constants[name]
@@ -153,26 +153,3 @@ def statistics(name: str, shape: Sequence[int]) -> tuple[float, float]:
 def dtype(name: str) -> np.dtype:
     """The type of a tensor's numbers: those of the schedule have no dot in their names."""
     return np.dtype(np.int64 if name.endswith(".position_ids") else np.float16 if "." in name else np.float32)
-
-
-def schedule_constants() -> dict[str, np.ndarray]:
-    """The noise schedule's constants under their checkpoint names, each (1000,) float64 (Ho et al. 2020)."""
-    acp = alphas_cumprod()
-    prev = np.append(1.0, acp[:-1])
-    alphas = acp / prev
-    variance = (1 - alphas) * (1 - prev) / (1 - acp)
-    return {
-        "betas": 1 - alphas,
-        "alphas_cumprod": acp,
-        "alphas_cumprod_prev": prev,
-        "sqrt_alphas_cumprod": np.sqrt(acp),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - acp),
-        "log_one_minus_alphas_cumprod": np.log(1 - acp),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1 / acp),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / acp - 1),
-        "posterior_variance": variance,
-        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
-        "posterior_mean_coef1": (1 - alphas) * np.sqrt(prev) / (1 - acp),
-        "posterior_mean_coef2": (1 - prev) * np.sqrt(alphas) / (1 - acp),
-        "logvar": np.zeros_like(acp),
-    }

@@ -115,8 +115,9 @@ def load_twin(manifest: Manifest, device: str) -> ControlLDM:
 
     from cldm.canny2image import load_model
     from cldm.model import create_model
+    from runtime.schedule import noise_schedule
     from trt_builder.config import MODELS, NAMED
-    from trt_builder.random_weights import random_weights, schedule_constants
+    from trt_builder.random_weights import random_weights
     from trt_builder.weights import expected_shapes
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -124,7 +125,7 @@ def load_twin(manifest: Manifest, device: str) -> ControlLDM:
     if kind != "random":
         return load_model(manifest.model, manifest.weights, device)
     name = manifest.model
-    constants = {key: value.shape for key, value in schedule_constants().items()}
+    constants = {key: value.shape for key, value in noise_schedule().items()}
     shapes = {**constants, **expected_shapes(ModelConfig.load(name))}
     model = create_model(MODELS / NAMED[name] if name in NAMED else name, "meta")
     arrays = random_weights(shapes, int(seed))

@@ -29,13 +29,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this file also runs as a script
 
 from bench.perceptual import InceptionFeatures  # noqa: E402
-from cldm.canny2image import control_scales, load_model  # noqa: E402
+from cldm.canny2image import load_model  # noqa: E402
 from cldm.cldm import ControlLDM  # noqa: E402
 from cldm.ddim_hacked import DDIMSampler  # noqa: E402
 from cldm.stages import STAGES  # noqa: E402
 from models.tiny.captions import NEGATIVE_PROMPT  # noqa: E402
 from models.tiny.data import SIZE, EvalItem, evaluation_set, load_emoji, nearest_colours  # noqa: E402
 from runtime.noise import cuda_randn  # noqa: E402
+from runtime.schedule import control_scales  # noqa: E402
 
 Picture = np.ndarray  # (H, W, 3) uint8 RGB
 
