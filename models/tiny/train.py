@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import sys
@@ -269,9 +268,8 @@ def normalise_latents(model: ControlLDM, data: Samples) -> None:
     Afterwards the latents have mean 0 and, times the scale factor of Stable Diffusion, deviation 1.
     """
     into, out = model.first_stage_model.quant_conv, model.first_stage_model.post_quant_conv
-    assert into.bias is not None and out.bias is not None
     data.encode(model)
-    assert data.moments is not None, "just encoded"
+    assert data.moments is not None and into.bias is not None and out.bias is not None
     z = data.moments[0].float()
     mean, deviation = z.mean((0, 2, 3)), z.std((0, 2, 3)) * model.scale_factor
     n = len(mean)
@@ -367,8 +365,7 @@ def train(options: argparse.Namespace) -> None:
          [work.control_model, work.unet.output_blocks, work.unet.out],
          lambda d, n: noise_loss(work, acp, d, n, True), (1.0, 0.0))  # fmt: skip
     weights = {k: v.half().contiguous().cpu() for k, v in model.state_dict().items()}
-    how = json.dumps({name: vars(parts[name]) for name in options.parts})
-    save_file(weights, output / "tiny.safetensors", {"format": "pt", "parts": how})
+    save_file(weights, output / "tiny.safetensors", {"format": "pt"})
     (output / "tiny.safetensors").chmod(0o644)
     log.info("wrote %s", output / "tiny.safetensors")
 
