@@ -5,7 +5,6 @@ Both take the arguments of the competition's `process` and return the same kind 
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from cldm.ddim_hacked import DDIMSampler
 from cldm.model import create_model, load_state_dict
 from cldm.stages import STAGES, Tensors
 from runtime.images import canny_hint, resize_image
-from runtime.noise import cuda_randn
+from runtime.noise import cuda_randn, random_seed
 from runtime.schedule import Schedule, control_scales
 from runtime.tokenizer import tokenize
 
@@ -51,11 +50,6 @@ def load_model(
     loaded = create_model(config, "meta")
     loaded.load_state_dict(load_state_dict(path, device), assign=True)
     return loaded.to(dtype).requires_grad_(False)
-
-
-def random_seed(seed: int) -> int:
-    """`seed`, or a fresh one for -1, as in the original canny2image."""
-    return secrets.randbelow(2**31) if seed == -1 else seed
 
 
 class Reference:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import secrets
 
 import numpy as np
 
@@ -16,6 +17,11 @@ WEYL = 0x9E3779B9, 0xBB67AE85
 # cuRAND's 2^-32 and 2^-32 * 2 pi as it rounds them, to float32; float64 holds both exactly.
 TO_UNIT = 2.0**-32
 TO_ANGLE = float(np.float32(2 * math.pi)) * 2.0**-32
+
+
+def random_seed(seed: int) -> int:
+    """`seed`, or a fresh one for -1, as in the original canny2image."""
+    return secrets.randbelow(2**31) if seed == -1 else seed
 
 
 def philox4x32(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from runtime.engine import OutOfMemory, gpu
 from runtime.images import canny_hint, resize_image, resized_size
 from runtime.manifest import NAME, EngineError, Manifest
 from runtime.memory import Recent
-from runtime.noise import cuda_randn
+from runtime.noise import cuda_randn, random_seed
 from runtime.schedule import Schedule, alphas_cumprod, control_scales
 from runtime.session import PipelineOptions, Session, Steps
 from runtime.tokenizer import tokenize
@@ -123,7 +122,7 @@ class Canny2Image:
             watch = Stopwatch()
             height, width = resized_size(input_image, image_resolution)
             updates = self._schedule(ddim_steps).updates(eta, ALPHAS)
-            seed = secrets.randbelow(2**31) if seed == -1 else seed
+            seed = random_seed(seed)
             session = self._session(height, width, num_samples)
             tokens = np.repeat(tokenize([f"{prompt}, {a_prompt}", n_prompt]), num_samples, axis=0)
             steps = self._prepare(session, tuple(u.timestep for u in updates))
