@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,13 @@ def test_fitted_weights_come_nearer_and_are_those_of_the_schedule(trials: Trials
 
 
 def test_what_begins_alike_is_evaluated_once(trials: Trials, monkeypatch: Any) -> None:
-    plain, calls = trials.denoiser.stage, []
-    counting = trials.denoiser.__class__(
-        **{**vars(trials.denoiser), "stage": lambda n, i: calls.append(n) or plain(n, i)}
-    )
-    monkeypatch.setattr(trials, "denoiser", counting)
+    plain, calls = trials.denoiser.stage, list[str]()
+
+    def counting(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(name)
+        return plain(name, inputs)
+
+    monkeypatch.setattr(trials, "denoiser", replace(trials.denoiser, stage=counting))
     trials.run(Schedule.parse("7,6,5,1", 8))
     before = calls.count("unet_encoder")
     trials.run(Schedule.parse("7,6,5,2", 8))
