@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.report import MADE_BY
-
-RESULTS = "results.json"
+from bench.report import MADE_BY, RESULTS
 
 
 class OutputError(ValueError):
@@ -98,3 +98,20 @@ def _replace_content(place: Path, staging: Path) -> None:
     # The results come last: where they are, everything is.
     for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == RESULTS):
         entry.rename(place / entry.name)
+
+
+@contextmanager
+def ignoring_signals() -> Iterator[Callable[[], None]]:
+    """Yields a function after whose call Ctrl-C and SIGTERM are ignored until the block ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()  # signals are of no other thread
+
+    def ignore() -> None:
+        for number in before if here else ():
+            signal.signal(number, signal.SIG_IGN)
+
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items() if here else ():
+            signal.signal(number, handler)

@@ -19,15 +19,16 @@ MAX_ASPECT = 8
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 500_000_000  # of a file; what a PNG of 50 megapixels, 16 bits and transparency can take uncompressed
 
-# OpenCV reads its own limit when it is loaded: for files whose header says less to us than to its decoders.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
-import cv2  # noqa: E402
 JPEG_QUALITY = 95
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those with a length; not stuffing and fill
 JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+# OpenCV reads its own limit when it is loaded: for files whose header says less to us than to its decoders.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
+import cv2  # noqa: E402
 
 
 class ImageError(ValueError):
@@ -57,7 +58,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     except OSError as error:
         raise ImageError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from error
     if len(data) > MAX_BYTES:
-        raise ImageError(f"{os.fspath(path)} has more than {MAX_BYTES // 10**6} MB: no picture is read that needs more.")
+        raise ImageError(f"{os.fspath(path)} has more than {MAX_BYTES // 10**6} MB: take a smaller picture.")
     return decode_image(data, os.fspath(path))
 
 
@@ -131,6 +132,8 @@ def resized_size(image: np.ndarray, resolution: int) -> tuple[int, int]:
     """Height and width of what `resize_image` makes of a picture; raises ImageError as it does."""
     _check_array(image)
     height, width = image.shape[:2]
+    if resolution > MAX_PIXELS:
+        raise ImageError(f"The resolution is {resolution}, but the result may have {MAX_PIXELS} pixels at most.")
     k = resolution / min(height, width)
     new_height, new_width = (int(np.round(side * k / 64)) * 64 for side in (height, width))
     if min(new_height, new_width) < 64:
