@@ -50,8 +50,8 @@ def contact_sheet(path: Path, columns: Sequence[SheetColumn], title: str, subtit
     figure = Figure(figsize=(width, height), dpi=min(max(largest / wide, DOTS[0]), DOTS[1]), facecolor="white")
     if total > len(shown):
         title += f" · the first {len(shown)} of {total} pictures"
-    figure.text(0.15 / width, 1 - 0.27 / height, title, size=13, weight="bold", color=INK, va="center")
-    figure.text(0.15 / width, 1 - 0.41 / height, subtitle, size=8.5, color=QUIET, va="top")
+    _text(figure, 0.15 / width, 1 - 0.27 / height, title, size=13, weight="bold", color=INK, va="center")
+    _text(figure, 0.15 / width, 1 - 0.41 / height, subtitle, size=8.5, color=QUIET, va="top")
 
     for index, column in enumerate(shown):
         left = LABEL + (index % across) * (wide + GAP)
@@ -60,7 +60,7 @@ def contact_sheet(path: Path, columns: Sequence[SheetColumn], title: str, subtit
         for row, (name, image) in enumerate(column.rows.items()):
             bottom = top - NAME - row * (high + GAP) - high
             if index % across == 0:
-                figure.text(0.15 / width, (bottom + high / 2) / height, name, size=9, color=INK, va="center")
+                _text(figure, 0.15 / width, (bottom + high / 2) / height, name, size=9, color=INK, va="center")
             axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
             axes.imshow(image, interpolation="lanczos")
             axes.set_xticks([])
@@ -76,7 +76,16 @@ def contact_sheet(path: Path, columns: Sequence[SheetColumn], title: str, subtit
 
 def _centred(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     width, height = figure.get_size_inches()
-    figure.text(x / width, y / height, text, ha="center", va="center", **style)
+    _text(figure, x / width, y / height, text, ha="center", va="center", **style)
+
+
+def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
+    figure.text(x, y, _drawable(text), parse_math=False, **style)
+
+
+def _drawable(text: str) -> str:
+    """The text without the lone surrogates that stand for a file name's odd bytes: matplotlib does not take them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _short(name: str, inches: float) -> str:
@@ -95,8 +104,8 @@ def score_plot(path: Path, results: Sequence[PictureResult], title: str, subtitl
     times = times / 1000 if seconds else times
     figure = Figure(figsize=(8, 4.8), dpi=DOTS[1], facecolor="white")
     axes = figure.add_axes((0.075, 0.115, 0.765, 0.68))
-    figure.text(0.075, 0.95, title, size=12, weight="bold", color=INK, va="center")
-    figure.text(0.075, 0.925, subtitle, size=8.5, color=QUIET, va="top")
+    _text(figure, 0.075, 0.95, title, size=12, weight="bold", color=INK, va="center")
+    _text(figure, 0.075, 0.925, subtitle, size=8.5, color=QUIET, va="top")
 
     spread = max(np.ptp(times), 0.04 * times.max())  # a spread of nothing but jitter is not blown up
     middle = (times.max() + times.min()) / 2
@@ -149,7 +158,7 @@ def _name_points(axes: Axes, times: NDArray[np.float64], scores: NDArray[np.floa
         ceiling = places[index] - step
     for place, index in zip(places, order, strict=True):
         axes.annotate(
-            _short(names[index], 1.3), (times[index], scores[index]), (1.02, place), va="center",
-            textcoords=axes.get_yaxis_transform(), size=8, color=INK, annotation_clip=False,
+            _drawable(_short(names[index], 1.3)), (times[index], scores[index]), (1.02, place), va="center",
+            parse_math=False, textcoords=axes.get_yaxis_transform(), size=8, color=INK, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkB": 4},
         )  # fmt: skip

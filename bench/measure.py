@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,14 +72,39 @@ def measure(
 
     arguments: those of `process` but the picture. The first picture of each size is made once more, before it is
     timed, to warm up. Returns the results, and the columns of the contact sheet for the first of them.
+    A KeyboardInterrupt ends it with the results so far and only their files, and is raised where there are none.
     Raises OSError or ValueError where a picture cannot be written.
     """
-    results: list[PictureResult] = []
-    columns: list[SheetColumn] = []
-    warm: set[tuple[int, int]] = set()
     pipelines = {"reference": reference, "candidate": candidate}
     for role in pipelines:
         (folder / role).mkdir()
+    results: list[PictureResult] = []
+    columns: list[SheetColumn] = []
+    try:
+        for result, column in _measured(inputs, pipelines, arguments, inception, folder, tell):
+            if len(columns) < MOST:
+                columns.append(column)
+            results.append(result)
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        finished = {name for result in results for name in result.reference_files + result.candidate_files}
+        for file in [path for role in pipelines for path in (folder / role).iterdir()]:
+            if file.relative_to(folder).as_posix() not in finished:
+                file.unlink()
+    return results, columns[: len(results)]
+
+
+def _measured(
+    inputs: Sequence[Input],
+    pipelines: Mapping[str, Pipeline],
+    arguments: dict[str, Any],
+    inception: InceptionFeatures,
+    folder: Path,
+    tell: Tell,
+) -> Iterator[tuple[PictureResult, SheetColumn]]:
+    """Result and column of one picture after the other."""
+    warm: set[tuple[int, int]] = set()
     for item in inputs:
         image = read_image(item.path)
         if (item.height, item.width) not in warm:
@@ -110,13 +135,10 @@ def measure(
             reference_files=[f"reference/{name}" for name in item.files],
             candidate_files=[f"candidate/{name}" for name in item.files],
         )
-        results.append(result)
-        if len(columns) < MOST:
-            resized = resize_image(image, arguments["image_resolution"])
-            edges = canny_hint(resized, arguments["low_threshold"], arguments["high_threshold"])
-            rows = {"input": resized, "edges": edges} | {role: pictures[role][0] for role in pipelines}
-            columns.append(SheetColumn(result, rows))
-    return results, columns
+        resized = resize_image(image, arguments["image_resolution"])
+        edges = canny_hint(resized, arguments["low_threshold"], arguments["high_threshold"])
+        rows = {"input": resized, "edges": edges} | {role: pictures[role][0] for role in pipelines}
+        yield result, SheetColumn(result, rows)
 
 
 def _write_and_read(path: Path, image: Image) -> Image:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.report import MADE_BY
-
-RESULTS = "results.json"
+from bench.report import MADE_BY, RESULTS
 
 
 class OutputError(ValueError):
@@ -41,7 +41,7 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
 def _is_earlier_run(folder: Path) -> bool:
     try:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("made_by") == MADE_BY
 
@@ -70,7 +70,9 @@ def output_folder(output: Path) -> Iterator[Path]:
                 _replace_content(place, staging)
             else:
                 _replace_folder(place, staging, Path(temporary, "old"))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(output)  # as where the disk is full
         for folder in created:  # innermost first
             with suppress(OSError):  # never made, or by now in use by someone else
                 folder.rmdir()
@@ -98,3 +100,20 @@ def _replace_content(place: Path, staging: Path) -> None:
     # The results come last: where they are, everything is.
     for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == RESULTS):
         entry.rename(place / entry.name)
+
+
+@contextmanager
+def ignoring_signals() -> Iterator[Callable[[], None]]:
+    """Yields a function after whose call Ctrl-C and SIGTERM are ignored until the block ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()  # signals are of no other thread
+
+    def ignore() -> None:
+        for number in before if here else ():
+            signal.signal(number, signal.SIG_IGN)
+
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items() if here else ():
+            signal.signal(number, handler)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:  # it imports matplotlib
+    from bench.figures import SheetColumn
 
 SCHEMA = 1
 MADE_BY = "canny2image-trt compute_score"
+RESULTS = "results.json"
 PD_LIMIT = 12.0  # the competition's rule: above it a picture is disqualified
 
 
@@ -110,7 +117,7 @@ def result_table(results: list[PictureResult], summary: dict[str, Any]) -> Table
         table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     for result in results:
         failed = result.failed
-        cells = [result.name, f"{result.pd:.2f}" + (" failed" if failed else "")]
+        cells = [escape(result.name), f"{result.pd:.2f}" + (" failed" if failed else "")]
         if sampled:
             cells.append(" ".join(f"{score:.2f}" for score in result.pd_samples))
         if result.reference_ms is not None and result.candidate_ms is not None:
@@ -181,11 +188,54 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def write_reports(
+    folder: Path,
+    options: argparse.Namespace,
+    facts: dict[str, Any],
+    results: list[PictureResult],
+    columns: list[SheetColumn],
+    title: str,
+) -> dict[str, Any]:
+    """Write results.json, contact.png and, where latencies were taken, plot.png into `folder`; returns the summary."""
+    from bench.figures import contact_sheet, score_plot
+
+    summary, here = summarize(results), machine()
+    told = [f"{len(results)} picture{'s' * (len(results) != 1)}", f"median PD {summary['pd']['median']:.2f}"]
+    if summary["speed_up"]:
+        told.insert(0, f"{len(facts['schedule']['evaluated'])} of {facts['schedule']['taken']} steps")
+        times = [show_time(summary[f"{role}_ms"]["median"]) for role in ("candidate", "reference")]
+        chip = here["gpu"]["name"] if facts["device"] == "cuda" else f"{here['cpu']}, {here['cores']} cores"
+        told.append(f"{times[0]} a picture against {times[1]}, speed-up {summary['speed_up']:.2f}×\n{chip}")
+        score_plot(folder / "plot.png", results, title, " · ".join(told))
+    contact_sheet(folder / "contact.png", columns, title, " · ".join(told), len(results))
+    content = {
+        "made_by": MADE_BY,
+        "schema": SCHEMA,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **facts,
+        "options": {name: plain(value) for name, value in vars(options).items()},
+        "versions": versions(),
+        "machine": here,
+        "summary": summary,
+        "pictures": [result.as_dict() for result in results],
+    }
+    write_json(folder / RESULTS, content)
+    return summary
+
+
+def plain(value: Any) -> Any:
+    """An option as JSON knows it."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return short_path(value) if isinstance(value, Path) else value
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all; OSError where it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # as JSON escapes the bytes of odd file names
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
