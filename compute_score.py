@@ -21,10 +21,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from bench.output import OutputError, check_output, ignoring_signals, output_folder
-from bench.report import PD_LIMIT, RESULTS, PictureResult, result_table, write_reports
+from bench.report import PD_LIMIT, RESULTS, PictureResult, comparison_table, result_table, write_reports
 from runtime.images import ImageError, canny_hint, read_image, resize_image
 from runtime.manifest import EngineError
-from runtime.schedule import Schedule, ddim_timesteps
+from runtime.schedule import Schedule, ddim_timesteps, every_schedule
 
 if TYPE_CHECKING:  # these import torch or matplotlib, which a mistyped option need not wait for
     from bench.measure import Input, Pipeline, Tell
@@ -92,7 +92,7 @@ def parser() -> Parser:
     add("--weights", type=Path, help="the model's weights (its usual place)")
     add("--backend", choices=("auto", "torch", "tensorrt"), default="auto", help="of the candidate (%(default)s)")
     add("--engines", type=Path, help="the folder of TensorRT engines, or one that holds several (engines/)")
-    add("--schedule", default="hackathon-10", help="a name, steps as 19,18,4 or a .yaml file (%(default)s)")
+    add("--schedule", default="hackathon-10", help="a name, all names, steps as 19,18,4 or a .yaml file (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where PyTorch runs (%(default)s)")
     add = make.add_argument_group("what to do with the result").add_argument
     add("--output", type=Path, default=Path("score"), help="folder; an earlier run there is replaced (%(default)s)")
@@ -152,8 +152,9 @@ def benchmark(options: argparse.Namespace) -> bool:
         check_numbers(options)
         if options.resolution is None:
             options.resolution = RESOLUTIONS.get(options.model, 256)
-        schedule = Schedule.parse(options.schedule, options.steps)
-        schedule.updates(options.eta)
+        compared = options.schedule == "all"
+        schedules = every_schedule(options.steps) if compared else [Schedule.parse(options.schedule, options.steps)]
+        schedules[0].updates(options.eta)
         inputs = check_pictures(options)
         paths = [item.path for item in inputs] + [path for path in (options.weights, options.engines) if path]
         check_output(options.output, paths)
@@ -162,7 +163,7 @@ def benchmark(options: argparse.Namespace) -> bool:
 
         inception = InceptionFeatures()  # on the CPU, so that a score does not depend on the GPU
         device = choose_device(options)
-        reference, candidate, engines = load_pipelines(options, schedule, device, inputs)
+        reference, candidates, engines = load_pipelines(options, schedules, device, inputs)
     arguments = {
         "prompt": options.prompt,
         "a_prompt": options.added_prompt,
@@ -180,38 +181,42 @@ def benchmark(options: argparse.Namespace) -> bool:
     }
     from torch import OutOfMemoryError
 
-    total = 2 * (len(inputs) + len({item.size for item in inputs}))
+    total = (1 + len(schedules)) * (len(inputs) + len({item.size for item in inputs}))
+    told = [{"name": s.name, "taken": len(ddim_timesteps(s.steps)), "evaluated": list(s.evaluated)} for s in schedules]
     facts: dict[str, Any] = {
         "model": options.model,
         "backend": "tensorrt" if engines else "torch",
         "device": device,
-        "schedule": {
-            "name": schedule.name,
-            "taken": len(ddim_timesteps(schedule.steps)),
-            "evaluated": list(schedule.evaluated),
-        },
+        "schedule": told if compared else told[0],
     }
     if engines:
         facts["engines"] = engines.about()
-    title = f"canny2image · {Path(options.model).stem} · {schedule.name}"
+    title = f"canny2image · {Path(options.model).stem} · {'schedules' if compared else schedules[0].name}"
     try:
         with ignoring_signals() as ignore, output_folder(options.output) as folder:
             with progress(total) as tell:
-                results, columns = measure(inputs, reference, candidate, arguments, inception, folder, tell)
+                found, columns = measure(inputs, reference, candidates, arguments, inception, folder, tell)
             ignore()  # from here on stopping would lose every picture, to win a second or two
+            results = next(iter(found.values()))
             facts |= {"interrupted": len(results) < len(inputs), "asked": len(inputs)}
-            summary = write_reports(folder, options, facts, results, columns, title)
+            summaries = write_reports(folder, options, facts, found, columns, title)
     except OutOfMemoryError:
         advice = "take a smaller --resolution or fewer --samples, or --device cpu."
         raise BadInput(f"the GPU has not enough memory: {advice}") from None
     finally:
         if engines:
             engines.close()
-    show(options, results, summary)
+    if compared:
+        Console().print(
+            comparison_table(summaries, {s.name: f"{len(s.evaluated)} of {len(s.rules)}" for s in schedules})
+        )
+        print(f"All of it is in {options.output}.")
+    else:
+        show(options, results, summaries["candidate"])
     if facts["interrupted"]:
         made = f"{len(results)} of {len(inputs)} pictures"
         raise Interrupted(f"stopped after {made}; they are in {options.output}, and {RESULTS} says so.")
-    return not summary["failed"]
+    return not any(summary["failed"] for summary in summaries.values())
 
 
 def score_only(options: argparse.Namespace) -> bool:
@@ -239,7 +244,8 @@ def score_only(options: argparse.Namespace) -> bool:
         with progress(len(both)) as tell:
             results, columns = score_pairs(both, options.score_only, options.reference, inception, tell)
         title = f"{options.score_only} against {options.reference}"
-        summary = write_reports(folder, options, {"missing": missing}, results, columns, title)
+        found = {"candidate": results}
+        summary = write_reports(folder, options, {"missing": missing}, found, columns, title)["candidate"]
     show(options, results, summary)
     return not summary["failed"] and not any(missing.values())
 
@@ -317,17 +323,19 @@ def choose_device(options: argparse.Namespace) -> str:
 
 
 def load_pipelines(
-    options: argparse.Namespace, schedule: Schedule, device: str, inputs: Sequence[Input]
-) -> tuple[Pipeline, Pipeline, Canny2Image | None]:
-    """Reference and candidate on one set of weights, and the candidate again where TensorRT makes its pictures."""
-    from bench.candidate import tensorrt_candidate
+    options: argparse.Namespace, schedules: Sequence[Schedule], device: str, inputs: Sequence[Input]
+) -> tuple[Pipeline, dict[str, Pipeline], Canny2Image | None]:
+    """Reference and candidates on one set of weights, and what makes the candidates' pictures where TensorRT does."""
+    from bench.candidate import Scheduled, tensorrt_candidate
     from cldm.canny2image import Reference, Staged, load_model
 
     shapes = [(item.height, item.width, options.samples) for item in inputs]
     chosen = options.backend, options.engines, options.model, options.weights
-    engines = tensorrt_candidate(*chosen, schedule, shapes)
+    engines = tensorrt_candidate(*chosen, schedules, shapes)
     model = load_model(options.model, options.weights, device)
-    return Reference(model), engines or Staged(model, schedule), engines
+    made = [Scheduled(engines, schedule) if engines else Staged(model, schedule) for schedule in schedules]
+    names = [schedule.name for schedule in schedules] if options.schedule == "all" else ["candidate"]
+    return Reference(model), dict(zip(names, made, strict=True)), engines
 
 
 @contextmanager

@@ -192,22 +192,34 @@ def write_reports(
     folder: Path,
     options: argparse.Namespace,
     facts: dict[str, Any],
-    results: list[PictureResult],
+    found: dict[str, list[PictureResult]],
     columns: list[SheetColumn],
     title: str,
-) -> dict[str, Any]:
-    """Write results.json, contact.png and, where latencies were taken, plot.png into `folder`; returns the summary."""
+) -> dict[str, dict[str, Any]]:
+    """Write results.json, contact.png and, where latencies were taken, plot.png; returns each candidate's summary."""
     from bench.figures import contact_sheet, score_plot
 
-    summary, here = summarize(results), machine()
-    told = [f"{len(results)} picture{'s' * (len(results) != 1)}", f"median PD {summary['pd']['median']:.2f}"]
-    if summary["speed_up"]:
-        told.insert(0, f"{len(facts['schedule']['evaluated'])} of {facts['schedule']['taken']} steps")
-        times = [show_time(summary[f"{role}_ms"]["median"]) for role in ("candidate", "reference")]
+    summaries, here = {name: summarize(results) for name, results in found.items()}, machine()
+    first, results = next(iter(summaries.values())), next(iter(found.values()))
+    told = [f"{len(results)} picture{'s' * (len(results) != 1)}"]
+    if len(found) == 1:
+        told.append(f"median PD {first['pd']['median']:.2f}")
+    if first["speed_up"]:
         chip = here["gpu"]["name"] if facts["device"] == "cuda" else f"{here['cpu']}, {here['cores']} cores"
-        told.append(f"{times[0]} a picture against {times[1]}, speed-up {summary['speed_up']:.2f}×\n{chip}")
-        score_plot(folder / "plot.png", results, title, " · ".join(told))
+        times = [show_time(first[f"{role}_ms"]["median"]) for role in ("candidate", "reference")]
+        if len(found) == 1:
+            told.insert(0, f"{len(facts['schedule']['evaluated'])} of {facts['schedule']['taken']} steps")
+            told.append(f"{times[0]} a picture against {times[1]}, speed-up {first['speed_up']:.2f}×\n{chip}")
+            score_plot(folder / "plot.png", results, title, " · ".join(told))
+        else:
+            told.append(f"medians; the reference takes {times[1]} a picture\n{chip}")
+            points = [as_point(name, summary) for name, summary in summaries.items()]
+            score_plot(folder / "plot.png", points, title, " · ".join(told), medians=False)
     contact_sheet(folder / "contact.png", columns, title, " · ".join(told), len(results))
+    parts = {
+        name: {"summary": summaries[name], "pictures": [result.as_dict() for result in results]}
+        for name, results in found.items()
+    }
     content = {
         "made_by": MADE_BY,
         "schema": SCHEMA,
@@ -216,11 +228,32 @@ def write_reports(
         "options": {name: plain(value) for name, value in vars(options).items()},
         "versions": versions(),
         "machine": here,
-        "summary": summary,
-        "pictures": [result.as_dict() for result in results],
+        **(next(iter(parts.values())) if len(parts) == 1 else {"schedules": parts}),
     }
     write_json(folder / RESULTS, content)
-    return summary
+    return summaries
+
+
+def as_point(name: str, summary: dict[str, Any]) -> PictureResult:
+    """A candidate's medians as one point of the plot."""
+    times = {f"{role}_ms": summary[f"{role}_ms"]["median"] for role in ("reference", "candidate")}
+    return PictureResult(name, name, 0, 0, [summary["pd"]["median"]], **times)
+
+
+def comparison_table(summaries: dict[str, dict[str, Any]], evaluations: dict[str, str]) -> Table:
+    """The table of several candidates: a row each, medians over the pictures."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("schedule", no_wrap=True)
+    for heading in ("evaluates", "PD", "p90", "over 12", "a picture", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, summary in summaries.items():
+        pd, failed = summary["pd"], summary["failed"]
+        cells = [f"{pd['median']:.2f}", f"{pd['p90']:.2f}", str(failed or "")]
+        cells += [show_time(summary["candidate_ms"]["median"]), f"{summary['speed_up']:.2f}×"]
+        table.add_row(escape(name), evaluations[name], *cells, style="red" if failed else None)
+    reference = next(iter(summaries.values()))["reference_ms"]["median"]
+    table.caption = f"medians; the reference takes {show_time(reference)}"
+    return table
 
 
 def plain(value: Any) -> Any:

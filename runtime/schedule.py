@@ -234,6 +234,12 @@ class Schedule:
         return updates
 
 
+def every_schedule(steps: int) -> list[Schedule]:
+    """All that have a name and are for this number of steps, the most evaluations first."""
+    loaded = [Schedule.parse("full", steps), *map(_load, NAMED.values())]
+    return sorted((s for s in loaded if s.steps == steps), key=lambda s: -len(s.evaluated))
+
+
 def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]:
     """The weight of each of `count` residuals: `strength`, in guess mode falling by 0.825 from the middle block up."""
     return [strength * (0.825 ** (count - 1 - i) if guess_mode else 1.0) for i in range(count)]

@@ -102,7 +102,7 @@ def test_the_table_has_a_line_for_each_and_ratios_to_ours():
 
 
 def choose(backend, engines=None, shape=(64, 64, 1), model="tiny", weights=None):
-    made = tensorrt_candidate(backend, engines, model, weights, SCHEDULE, [shape])
+    made = tensorrt_candidate(backend, engines, model, weights, [SCHEDULE], [shape])
     if made:
         assert made.about()["folders"] == ["tiny"] and made.about()["memory"]["activation"] > 0
         made.close()
