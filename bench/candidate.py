@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from models import find_weights
 from runtime.engine import gpu
 from runtime.pipeline import Canny2Image, usable
 from runtime.schedule import Schedule
@@ -70,12 +71,11 @@ def check_weights(pipeline: Canny2Image, model: str, weights: Path | None) -> No
     """Raise ValueError unless the engines were built from the weights that the reference is given."""
     from safetensors import safe_open
 
-    from cldm.canny2image import KNOWN
     from trt_builder.__main__ import file_sha256
 
-    places = [weights] if weights else KNOWN[model][1] if model in KNOWN else []
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
+    try:
+        path = find_weights(model, weights)
+    except FileNotFoundError:
         return  # the reference says so
     manifest = next(iter(pipeline.manifests.values()))
     if path.suffix == ".safetensors" and manifest.weights.startswith("random:"):

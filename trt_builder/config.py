@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-NAMED = {"sd15": "cldm_v15.yaml", "tiny": "tiny/tiny.yaml"}
-MODELS = Path(__file__).resolve().parent.parent / "models"
+from models import DESCRIPTIONS, description
+
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)
 
 Kind = Literal["conv", "res", "transformer", "down", "up"]
@@ -158,16 +158,16 @@ class ModelConfig:
 
         Raises FileNotFoundError, or ValueError where the yaml names something unknown or leaves something out.
         """
-        path = MODELS / NAMED[str(path_or_name)] if str(path_or_name) in NAMED else Path(path_or_name)
+        path = description(path_or_name)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no model description {path}; known names are {', '.join(NAMED)}")
+            raise FileNotFoundError(f"there is no model description {path}; known names are {', '.join(DESCRIPTIONS)}")
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
             raise ValueError(f"{path}: no `model` at its top level")
         model = _params(config["model"], str(path))
         if not isinstance(model, _Model):
             raise ValueError(f"{path}: the model's target must be ControlLDM, not {config['model']['target']}")
-        name = next((n for n, file in NAMED.items() if MODELS / file == path), path.stem)
+        name = next((n for n, file in DESCRIPTIONS.items() if file == path), path.stem)
         return model.config(name)
 
     def consumers(self) -> dict[str, list[Block]]:

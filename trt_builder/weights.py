@@ -11,6 +11,7 @@ import numpy as np
 from trt_builder.config import Block, ModelConfig, UNetConfig, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]
+CHUNK = 1 << 20  # numbers that are looked at together
 
 # The types of a .safetensors file; numpy has no bfloat16, so those are read as integers and widened to float32.
 _TYPES = {
@@ -109,6 +110,17 @@ class Weights(Mapping[str, np.ndarray]):
         """Let go of every array that was held; the networks made of them must be gone."""
         self._kept.clear()
 
+    def check_values(self, config: ModelConfig) -> None:
+        """Raise WeightsError that names the first ten weights of a model's stages with a NaN or an infinity.
+
+        Everything is read, a few megabytes at a time.
+        """
+        names = [name for name in expected_shapes(config) if name in self]
+        bad = [name for name in names if not _finite(self._arrays[name], name in self._bfloat16)]
+        if bad:
+            first = f"{', '.join(bad[:10])}{', …' if len(bad) > 10 else ''}"
+            raise WeightsError(f"{self._source} holds NaN or infinite numbers in {len(bad)} weights: {first}")
+
     def check(self, config: ModelConfig) -> None:
         """Compare names and shapes with what the stages of a model need; names that no stage needs are left alone.
 
@@ -136,6 +148,14 @@ def _view(data: np.ndarray, dtype: type, shape: tuple[int, ...], start: int) -> 
     # The format leaves arrays unaligned where an earlier one has an odd length; TensorRT wants them aligned.
     aligned = part if start % np.dtype(dtype).itemsize == 0 else part.copy()
     return aligned.view(dtype).reshape(shape)
+
+
+def _finite(array: np.ndarray, bfloat16: bool) -> bool:
+    flat = array.reshape(-1)
+    parts = (flat[begin : begin + CHUNK] for begin in range(0, flat.size, CHUNK))
+    if bfloat16:  # held as integers: an exponent of ones is NaN or infinite
+        return not any(((part & 0x7F80) == 0x7F80).any() for part in parts)
+    return array.dtype.kind != "f" or all(np.isfinite(part).all() for part in parts)
 
 
 def _cast(array: np.ndarray, dtype: type[np.floating], name: str) -> np.ndarray:
