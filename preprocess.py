@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import sys
@@ -20,7 +21,7 @@ from typing import NoReturn
 from rich.markup import escape
 from rich.table import Table
 
-from models import VARIABLE, find_weights
+from models import ENDINGS, VARIABLE, find_weights
 from runtime.engine import Gpu, gpu
 from runtime.images import read_image, resized_size
 from runtime.manifest import EngineError, Manifest
@@ -174,6 +175,8 @@ def prepare_weights(options: argparse.Namespace, model: str, config: ModelConfig
         if options.model is None and not options.weights:
             raise FileNotFoundError(f"{error}, or take --model tiny") from None
         raise
+    if path.suffix not in ENDINGS:
+        raise building.BuildError(f"--weights is {path}, which is none of {', '.join(ENDINGS)}.")
     if path.suffix != ".safetensors":
         with ERRORS.status(f"converting {escape(str(path))}"):
             found, path = path, convert(path, cli.file_sha256(path), config, (options.output / CACHE).absolute())
@@ -269,8 +272,8 @@ def next_lines(
     options: argparse.Namespace, model: str, path: Path, shapes: Sequence[Shape], tensorrt: bool
 ) -> list[str]:
     """The command lines that score what was prepared, one for each length of the short side."""
-    common = ["python", "compute_score.py"]
-    common += ["--model", model] if model != "tiny" else []
+    program = os.environ.get("COMPUTE_SCORE", "python compute_score.py")  # a container is run by another line
+    common = ["--model", model] if model != "tiny" else []
     try:
         usual = find_weights(model)
     except FileNotFoundError:
@@ -286,9 +289,9 @@ def next_lines(
         ours = {resized_size(read_image(file), side) for file in sorted((ROOT / "pictures").glob("*.png"))}
         if tensorrt and not ours <= set(sizes):
             names = ", ".join(f"{width}x{height}" for height, width in sizes)
-            lines.append(f"{shlex.join(words)} --images FOLDER  # of pictures {names} wide and high, or in proportion")
+            lines.append(f"{program} {shlex.join(words)} --images FOLDER  # of pictures {names}, or in proportion")
         else:
-            lines.append(shlex.join(words))
+            lines.append(f"{program} {shlex.join(words)}".strip())
     return lines
 
 
