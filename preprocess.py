@@ -130,8 +130,8 @@ def preprocess(options: argparse.Namespace) -> int:
         prepared = [prepare_shape(build, facts, shape, options, show) for shape in shapes]
         output().print(summary(prepared))
     if here is None:
-        what = "checks every output of the engines against PyTorch, and draws with them (compute_score.py)"
-        show.say(f"With an NVIDIA GPU, this also {what}; without one, compute_score.py draws with PyTorch.")
+        what = "compares every output of the engines with PyTorch's, and compute_score.py draws with them"
+        show.say(f"With an NVIDIA GPU, preprocess.py {what}; without one, it draws with PyTorch.")
     print("Next:", *next_lines(options, model, path, shapes, bool(prepared) and here is not None), sep="\n  ")
     if flavour is None and asked:
         return 2

@@ -59,6 +59,7 @@ in_store build --format docker --isolation chroot --network host "${volumes[@]}"
 
 container=$(in_store from "$image")
 trap 'in_store rm "$container" >/dev/null' EXIT
+rm -rf "${work:?}/engines" "$work/score"
 install -d "$work/weights"
 install -d -m 1777 "$work/engines" "$work/score" # what Docker makes of the image's volumes
 run() { # as `docker run --network none -v …/weights:/weights:ro IMAGE …` does
