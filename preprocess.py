@@ -182,9 +182,8 @@ def prepare_weights(options: argparse.Namespace, model: str, config: ModelConfig
             found, path = path, convert(path, cli.file_sha256(path), config, (options.output / CACHE).absolute())
         show.say(f"{short(found)} is {short(path)} from here on.")
     weights = Weights.open(path)
-    weights.check(config)
     with ERRORS.status(f"checking {escape(str(path))}"):
-        weights.check_values(config)
+        weights.check(config)
     show.say(f"Weights: {short(path)}: {len(weights)} of them, names and shapes fit, all numbers are finite.")
     known = {*expected_shapes(config), *noise_schedule()}
     strange = [name for name in weights if name not in known and not name.endswith("position_ids")]
@@ -197,9 +196,15 @@ def prepare_weights(options: argparse.Namespace, model: str, config: ModelConfig
 
 
 def compile_plugins(flavour: Flavour, show: Bar) -> None:
-    """Compile the plugins, where this checkout has any and this TensorRT takes them."""
-    if not flavour.rtx and importlib.util.find_spec("plugins") and importlib.util.find_spec("plugins.build"):
-        show.say(f"Plugins: {importlib.import_module('plugins.build').build()}")
+    """Compile the plugins, where this checkout has any, this TensorRT takes them, and there is a compiler."""
+    if flavour.rtx or not importlib.util.find_spec("plugins"):
+        return
+    try:
+        with ERRORS.status("compiling plugins"):
+            library = importlib.import_module("plugins.build").build()
+        show.say(f"Plugins: {short(library)}")
+    except (ValueError, OSError) as error:
+        show.say(f"No plugins were compiled: {cli.sentence(error)}")
 
 
 def prepare_shape(

@@ -200,9 +200,9 @@ def test_unfit_weights_are_named_before_anything_is_built(tmp_path, checkpoint):
     worse = {names[2]: np.full_like(arrays[names[2]], np.nan), names[3]: arrays[names[3]].copy()}
     worse[names[3]].flat[-1] = np.inf
     save_file({**arrays, **worse}, file)
-    refused(run(output, "--model", "tiny", "--weights", file), "NaN or infinite", "2 weights", names[2], names[3])
+    refused(run(output, "--model", "tiny", "--weights", file), "2 with NaN or infinity", names[2], names[3])
     torch.save({name: torch.from_numpy(array) for name, array in {**arrays, **worse}.items()}, checkpoint)
-    refused(run(output, "--model", "tiny", "--weights", checkpoint), str(checkpoint), "NaN or infinite", names[3])
+    refused(run(output, "--model", "tiny", "--weights", checkpoint), str(checkpoint), "with NaN or infinity", names[3])
     assert not checkpoint.with_suffix(".safetensors").exists() and not list(output.rglob("*.plan"))
 
 
@@ -288,6 +288,26 @@ def test_engines_that_are_off_fail(with_a_gpu, capsys):
         assert preprocess.main([*with_a_gpu.argv, "--flavour", "tensorrt_rtx"]) == 1
         assert "over: control.residual1 4.0e-02 off" in capsys.readouterr().out
         assert len(with_a_gpu.calls) == count  # a bad verdict is not kept
+
+
+def test_plugins_are_compiled_where_they_can_be(monkeypatch, capsys):
+    flavour = SimpleNamespace(rtx=False)
+    monkeypatch.setattr(preprocess.importlib.util, "find_spec", lambda name: name == "plugins")
+    for made, said in (
+        (Path("/a/plugins.so"), "Plugins: /a/plugins.so"),
+        (ValueError("no nvcc"), "compiled: no nvcc."),
+    ):
+
+        def build(made=made):
+            if isinstance(made, Exception):
+                raise made
+            return made
+
+        monkeypatch.setitem(sys.modules, "plugins.build", SimpleNamespace(build=build))
+        preprocess.compile_plugins(flavour, preprocess.Bar([]))
+        assert said in capsys.readouterr().err
+    preprocess.compile_plugins(SimpleNamespace(rtx=True), preprocess.Bar([]))
+    assert not capsys.readouterr().err
 
 
 def test_what_to_run_next_fits_the_shapes(monkeypatch, tmp_path):

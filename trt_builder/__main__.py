@@ -146,8 +146,7 @@ def build(options: argparse.Namespace) -> int:
     """Build the engines and say what was done."""
     wanted = request(options, facts(options))
     if not wanted.manifest.weights.startswith("random:"):
-        # That they fit is worth knowing before anything is written.
-        weights_of(wanted.manifest, wanted.config).check_values(wanted.config)
+        wanted.load()  # that they fit is worth knowing before anything is written
     show = Bar(wanted.stages)
     rows: list[Built] = building.build(wanted, show)
     output().print(build_table(wanted.manifest, rows))

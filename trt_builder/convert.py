@@ -71,9 +71,7 @@ def load(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     tensors = load_state_dict(path)
     wide = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
     arrays: dict[str, np.ndarray] = {name: t.detach().numpy() for name, t in wide.items()}
-    weights = Weights(arrays, str(path))
-    weights.check(config)
-    weights.check_values(config)
+    Weights(arrays, str(path)).check(config)
     return tensors
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from trt_builder.config import Block, ModelConfig, UNetConfig, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]
-CHUNK = 1 << 20  # numbers that are looked at together
 
 # The types of a .safetensors file; numpy has no bfloat16, so those are read as integers and widened to float32.
 _TYPES = {
@@ -110,21 +109,10 @@ class Weights(Mapping[str, np.ndarray]):
         """Let go of every array that was held; the networks made of them must be gone."""
         self._kept.clear()
 
-    def check_values(self, config: ModelConfig) -> None:
-        """Raise WeightsError that names the first ten weights of a model's stages with a NaN or an infinity.
-
-        Everything is read, a few megabytes at a time.
-        """
-        names = [name for name in expected_shapes(config) if name in self]
-        bad = [name for name in names if not _finite(self._arrays[name], name in self._bfloat16)]
-        if bad:
-            first = f"{', '.join(bad[:10])}{', …' if len(bad) > 10 else ''}"
-            raise WeightsError(f"{self._source} holds NaN or infinite numbers in {len(bad)} weights: {first}")
-
     def check(self, config: ModelConfig) -> None:
-        """Compare names and shapes with what the stages of a model need; names that no stage needs are left alone.
+        """Compare with what the stages of a model need, and read all of it; names that no stage needs are left alone.
 
-        Raises WeightsError that names the first ten missing and the first ten of the wrong shape.
+        Raises WeightsError that names the first ten missing, of the wrong shape, and with NaN or infinite numbers.
         """
         expected = expected_shapes(config)
         missing = [name for name in expected if name not in self]
@@ -133,9 +121,10 @@ class Weights(Mapping[str, np.ndarray]):
             for name, shape in expected.items()
             if name in self and self._arrays[name].shape != shape
         ]
+        infinite = [] if missing or wrong else [name for name in expected if not np.isfinite(self[name]).all()]
         found = [
             f"{len(names)} {kind}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-            for kind, names in (("missing", missing), ("wrong-shaped", wrong))
+            for kind, names in (("missing", missing), ("wrong-shaped", wrong), ("with NaN or infinity", infinite))
             if names
         ]
         if found:
@@ -148,14 +137,6 @@ def _view(data: np.ndarray, dtype: type, shape: tuple[int, ...], start: int) -> 
     # The format leaves arrays unaligned where an earlier one has an odd length; TensorRT wants them aligned.
     aligned = part if start % np.dtype(dtype).itemsize == 0 else part.copy()
     return aligned.view(dtype).reshape(shape)
-
-
-def _finite(array: np.ndarray, bfloat16: bool) -> bool:
-    flat = array.reshape(-1)
-    parts = (flat[begin : begin + CHUNK] for begin in range(0, flat.size, CHUNK))
-    if bfloat16:  # held as integers: an exponent of ones is NaN or infinite
-        return not any(((part & 0x7F80) == 0x7F80).any() for part in parts)
-    return array.dtype.kind != "f" or all(np.isfinite(part).all() for part in parts)
 
 
 def _cast(array: np.ndarray, dtype: type[np.floating], name: str) -> np.ndarray:
