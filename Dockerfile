@@ -46,8 +46,10 @@ RUN python -m compileall -q . \
 # Volumes that any user may write to, so that `docker run --user` works; nothing runs as root.
 RUN useradd --create-home --shell /usr/sbin/nologin --uid 10001 canny \
     && install -d -m 1777 /engines /score \
-    && install -d /weights
-ENV CONTROLNET_WEIGHTS=/weights MPLCONFIGDIR=/tmp/matplotlib PYTHONUNBUFFERED=1
+    && install -d /weights \
+    && ln -s /engines /score .
+ENV CONTROLNET_WEIGHTS=/weights MPLCONFIGDIR=/tmp/matplotlib PYTHONUNBUFFERED=1 \
+    COMPUTE_SCORE="docker run … compute_score"
 VOLUME ["/engines", "/score"]
 USER 10001
 

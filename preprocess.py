@@ -24,7 +24,7 @@ from rich.table import Table
 from models import ENDINGS, VARIABLE, find_weights
 from runtime.engine import Gpu, gpu
 from runtime.images import read_image, resized_size
-from runtime.manifest import EngineError, Manifest
+from runtime.manifest import Manifest
 from runtime.schedule import noise_schedule
 from trt_builder import __main__ as cli
 from trt_builder import build as building
@@ -96,10 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The engines of one shape: what was done for them, and what verifying them found."""
+    """The engines of one shape: what was done for them, whether they run here, and what verifying them found."""
 
     manifest: Manifest
     rows: list[Built]
+    runs: bool
     verified: str
     passed: bool
 
@@ -132,7 +133,8 @@ def preprocess(options: argparse.Namespace) -> int:
     if here is None:
         what = "compares every output of the engines with PyTorch's, and compute_score.py draws with them"
         show.say(f"With an NVIDIA GPU, preprocess.py {what}; without one, it draws with PyTorch.")
-    print("Next:", *next_lines(options, model, path, shapes, bool(prepared) and here is not None), sep="\n  ")
+    runs = bool(prepared) and all(one.runs for one in prepared)
+    print("Next:", *next_lines(options, model, path, shapes, runs), sep="\n  ")
     if flavour is None and asked:
         return 2
     return 0 if all(one.passed for one in prepared) else 1
@@ -216,20 +218,21 @@ def prepare_shape(
     show.say(f"Engines for {shape.height}x{shape.width}, in {short(request.manifest.folder)}")
     rows = building.build(request, show)
     manifest = Manifest.load(request.manifest.folder)
-    verified, passed = verify(manifest, options)
-    return Prepared(manifest, rows, verified, passed)
+    try:
+        flavour = cli.ready(manifest)
+    except ValueError as error:  # built for another GPU, or there is none
+        why = "needs a GPU" if gpu() is None else str(error)
+        return Prepared(manifest, rows, False, f"no: {why}", True)
+    verified, passed = verify(manifest, flavour, options)
+    return Prepared(manifest, rows, True, verified, passed)
 
 
-def verify(manifest: Manifest, options: argparse.Namespace) -> tuple[str, bool]:
+def verify(manifest: Manifest, flavour: Flavour, options: argparse.Namespace) -> tuple[str, bool]:
     """What comparing the engines with PyTorch found, in words, and whether nothing speaks against them."""
     if options.no_verify:
         return "no: --no-verify", True
     rows = verifying.saved_verdict(manifest)
     if not rows:
-        try:
-            flavour = cli.ready(manifest)
-        except (EngineError, FlavourError) as error:
-            return ("no: needs a GPU" if gpu() is None else f"no: {error}"), True
         if options.reference:
             reference = verifying.stored_reference(manifest, options.reference)
         elif importlib.util.find_spec("torch"):
@@ -277,7 +280,7 @@ def next_lines(
     options: argparse.Namespace, model: str, path: Path, shapes: Sequence[Shape], tensorrt: bool
 ) -> list[str]:
     """The command lines that score what was prepared, one for each length of the short side."""
-    program = os.environ.get("COMPUTE_SCORE", "python compute_score.py")  # a container is run by another line
+    program = os.environ.get("COMPUTE_SCORE", "python compute_score.py")  # as the container's image sets it
     common = ["--model", model] if model != "tiny" else []
     try:
         usual = find_weights(model)
@@ -285,7 +288,11 @@ def next_lines(
         usual = None
     common += ["--weights", short(path)] if path != usual else []
     common += ["--backend", "tensorrt"] if tensorrt else []
-    common += ["--engines", short(options.output)] if tensorrt and options.output.resolve() != ROOT / "engines" else []
+    common += (
+        ["--engines", short(options.output)]
+        if tensorrt and options.output.resolve() != (ROOT / "engines").resolve()
+        else []
+    )
     common += ["--samples", str(options.samples)] if options.samples > 1 else []
     lines = []
     for side in dict.fromkeys(min(shape.height, shape.width) for shape in shapes):

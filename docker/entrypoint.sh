@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# What `docker run IMAGE …` runs; the folders are those that docker/README.md mounts.
+# What `docker run IMAGE …` runs; engines/ and score/ are links to the volumes that docker/README.md mounts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command=${1:-help}
 shift || true
-export COMPUTE_SCORE='docker run … compute_score' # what preprocess.py says to run next
 case $command in
-preprocess) exec python preprocess.py --output /engines "$@" ;;
-compute_score) exec python compute_score.py --engines /engines --output /score "$@" ;;
+preprocess) exec python preprocess.py "$@" ;;
+compute_score) exec python compute_score.py "$@" ;;
 trt_builder) exec python -m trt_builder "$@" ;;
 health) # everything can be imported, and a GPU that the container was given is still there
     exec python -c 'import os, runtime.pipeline as p; raise SystemExit(os.path.exists("/dev/nvidiactl") and p.gpu() is None)'

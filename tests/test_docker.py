@@ -68,7 +68,8 @@ def test_the_image_runs_as_nobody_in_particular():
     (user,) = steps("USER")
     assert user.isdigit() and int(user) and f"--uid {user}" in DOCKERFILE
     assert steps("VOLUME") == ['["/engines", "/score"]'] and "install -d -m 1777 /engines /score" in DOCKERFILE
-    assert f"{VARIABLE}=/weights" in steps("ENV")[-1]
+    assert "ln -s /engines /score ." in DOCKERFILE and ignored("engines") and ignored("score")
+    assert f"{VARIABLE}=/weights" in steps("ENV")[-1] and "COMPUTE_SCORE=" in steps("ENV")[-1]
 
 
 def test_versions_are_those_of_the_project():

@@ -121,6 +121,7 @@ def test_interrupted_it_goes_on(tmp_path, sent):
 def test_a_pth_is_converted_once(tmp_path, checkpoint):
     made = checkpoint.with_suffix(".safetensors")
     argv = ("--model", "tiny", "--weights", checkpoint)
+    made.with_name(f".{made.name}.partial").write_bytes(b"half")  # as if killed while writing
     done = run(tmp_path, *argv, hide=TENSORRT)
     assert done.returncode == 0 and f"{checkpoint} is {made} from here on" in done.stderr
     assert done.stdout.rstrip().endswith(f"{SCORE} --weights {made}")
