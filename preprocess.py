@@ -143,15 +143,15 @@ def preprocess(options: argparse.Namespace) -> int:
 def wanted_shapes(options: argparse.Namespace, model: str) -> list[Shape]:
     """The shapes to build for; BuildError or ValueError for one that cannot be."""
     height, width = cli.SIZES.get(model, cli.USUAL_SIZE)
-    shapes = []
-    for text in dict.fromkeys(options.shapes or [f"{height}x{width}"]):
+    shapes: dict[Shape, None] = {}
+    for text in options.shapes or [f"{height}x{width}"]:
         sides = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text)
         if not sides:
             raise building.BuildError(f"--shapes has {text!r}, which is no height x width as 256x384.")
-        shapes.append(Shape(int(sides[1]), int(sides[2]), options.samples, options.steps))
+        shapes[Shape(int(sides[1]), int(sides[2]), options.samples, options.steps)] = None
     if options.reference and len(shapes) > 1:
         raise building.BuildError(f"--reference is for one shape, but --shapes has {len(shapes)}.")
-    return shapes
+    return list(shapes)
 
 
 def choose_flavour(name: str, here: Gpu | None, show: Bar) -> tuple[Flavour | None, str]:
@@ -231,7 +231,7 @@ def verify(manifest: Manifest, flavour: Flavour, options: argparse.Namespace) ->
     """What comparing the engines with PyTorch found, in words, and whether nothing speaks against them."""
     if options.no_verify:
         return "no: --no-verify", True
-    rows = verifying.saved_verdict(manifest)
+    rows = [] if options.reference else verifying.saved_verdict(manifest)
     if not rows:
         if options.reference:
             reference = verifying.stored_reference(manifest, options.reference)
@@ -283,23 +283,21 @@ def next_lines(
     program = os.environ.get("COMPUTE_SCORE", "python compute_score.py")  # as the container's image sets it
     common = ["--model", model] if model != "tiny" else []
     try:
-        usual = find_weights(model)
+        usual = find_weights(model).absolute()
     except FileNotFoundError:
         usual = None
     common += ["--weights", short(path)] if path != usual else []
-    common += ["--backend", "tensorrt"] if tensorrt else []
-    common += (
-        ["--engines", short(options.output)]
-        if tensorrt and options.output.resolve() != (ROOT / "engines").resolve()
-        else []
-    )
+    if tensorrt:
+        common += ["--backend", "tensorrt"]
+        elsewhere = options.output.resolve() != (ROOT / "engines").resolve()
+        common += ["--engines", short(options.output)] if elsewhere else []
     common += ["--samples", str(options.samples)] if options.samples > 1 else []
     lines = []
     for side in dict.fromkeys(min(shape.height, shape.width) for shape in shapes):
         sizes = [(s.height, s.width) for s in shapes if min(s.height, s.width) == side]
         words = common + (["--resolution", str(side)] if side != min(cli.SIZES.get(model, cli.USUAL_SIZE)) else [])
-        ours = {resized_size(read_image(file), side) for file in sorted((ROOT / "pictures").glob("*.png"))}
-        if tensorrt and not ours <= set(sizes):
+        ours = {resized_size(read_image(file), side) for file in (ROOT / "pictures").glob("*.png")}
+        if tensorrt and not ours <= set(sizes):  # PyTorch draws pictures of any size
             names = ", ".join(f"{width}x{height}" for height, width in sizes)
             lines.append(f"{program} {shlex.join(words)} --images FOLDER  # of pictures {names}, or in proportion")
         else:
