@@ -12,12 +12,13 @@ ARG BASE=nvcr.io/nvidia/tensorrt:25.10-py3
 # hadolint ignore=DL3006
 FROM ${BASE}
 
+ARG BASE
 # Which of pyproject.toml's extras: torch makes the reference and the PD score; rtx adds TensorRT-RTX, for a GeForce.
 ARG EXTRAS=torch
 # Where pip looks besides PyPI: PyTorch's own index has builds for other versions of CUDA.
 ARG PIP_EXTRA_INDEX_URL=""
 
-ENV DEBIAN_FRONTEND=noninteractive
+ARG DEBIAN_FRONTEND=noninteractive
 # The distribution's versions are those of the base image, whatever it is.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -60,4 +61,5 @@ CMD ["help"]
 LABEL org.opencontainers.image.title="canny2image on TensorRT" \
       org.opencontainers.image.description="Stable Diffusion 1.5 + ControlNet canny to image, layer by layer on TensorRT" \
       org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${BASE}"
