@@ -43,11 +43,15 @@ def command(*argv: object, hide: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *(["-c", HIDDEN.format(names=hide, argv=words)] if hide else ["preprocess.py", *words])]
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """That of a machine without a GPU, where nothing names weights."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "CONTROLNET_WEIGHTS": "", **variables}
+
+
 def run(output: Path, *argv: object, hide: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
-    env = {key: value for key, value in os.environ.items() if key != "CONTROLNET_WEIGHTS"} | variables
     words = command("--output", output, *argv, hide=hide)
-    return subprocess.run(words, cwd=ROOT, env=env, text=True, capture_output=True, timeout=120)
+    return subprocess.run(words, cwd=ROOT, env=environment(**variables), text=True, capture_output=True, timeout=120)
 
 
 def refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
@@ -101,7 +105,8 @@ def test_a_second_run_ends_in_seconds_and_builds_nothing(first):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_it_goes_on(tmp_path, sent):
     words = command("--output", tmp_path)
-    process = subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), text=True, **pipes)
     assert process.stderr and any(line.startswith("time (3 of 8)") for line in process.stderr)  # two are done by now
     process.send_signal(sent)
     err = process.communicate(timeout=60)[1]
@@ -157,7 +162,8 @@ def test_beside_a_read_only_folder_the_conversion_goes_to_the_engines(tmp_path, 
     words = command("--output", output, "--model", "tiny", "--weights", checkpoint, hide=TENSORRT)
     script = f'{mount} && exec "$@"'
     for _ in range(2):
-        done = subprocess.run([*namespace, script, folder, *words], cwd=ROOT, text=True, capture_output=True)
+        words_there = [*namespace, script, str(folder), *words]
+        done = subprocess.run(words_there, cwd=ROOT, env=environment(), text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         assert f"{checkpoint} is {output / 'weights' / 'mine.safetensors'} from here on" in done.stderr
     assert [path.name for path in folder.iterdir()] == ["mine.pth"]
@@ -226,16 +232,16 @@ def test_without_tensorrt_it_says_how_to_get_it(tmp_path):
 
 def test_the_competitions_script(tmp_path):
     words = ["bash", str(ROOT / "preprocess.sh"), "--shapes", "64by64"]
-    done = subprocess.run(
-        words, cwd=tmp_path, text=True, capture_output=True, env={**os.environ, "PYTHON": sys.executable}
-    )
+    done = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, env=environment(PYTHON=sys.executable))
     refused(done, "64by64", "256x384")
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
 
 
-def test_bad_input_is_refused_in_one_sentence(tmp_path, capsys):
+def test_bad_input_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch):
+    for module in (preprocess, preprocess.cli):
+        monkeypatch.setattr(module, "gpu", lambda: None)
     for argv, said in {
         ("--shapes", "100x128"): "multiple of 64",
         ("--samples", "0"): "samples is 0",
