@@ -49,7 +49,7 @@ RUN useradd --create-home --shell /usr/sbin/nologin --uid 10001 canny \
     && install -d -m 1777 /engines /score \
     && install -d /weights \
     && ln -s /engines /score .
-ENV CONTROLNET_WEIGHTS=/weights MPLCONFIGDIR=/tmp/matplotlib PYTHONUNBUFFERED=1 \
+ENV CONTROLNET_WEIGHTS=/weights MPLCONFIGDIR=/tmp PYTHONUNBUFFERED=1 \
     COMPUTE_SCORE="docker run … compute_score"
 VOLUME ["/engines", "/score"]
 USER 10001
