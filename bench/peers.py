@@ -31,6 +31,7 @@ from cldm.cldm import ControlLDM  # noqa: E402
 from runtime.images import canny_hint, resize_image  # noqa: E402
 from runtime.manifest import Manifest  # noqa: E402
 from runtime.noise import cuda_randn  # noqa: E402
+from runtime.rules import HISTORY
 from runtime.schedule import Schedule  # noqa: E402
 from runtime.tokenizer import tokenize  # noqa: E402
 from trt_builder.verify import load_twin  # noqa: E402
@@ -134,10 +135,12 @@ class Pipeline:
         """A picture (N, H, W, 3) uint8, on the host."""
         tokens, edges, x = self.inputs()
         context = self.text(tokens).clone()  # a graph's output is overwritten by its next replay
+        last: list[Tensor] = []
         for u in schedule.updates(self.given["eta"]):
             torch.compiler.cudagraph_mark_step_begin()
-            e = self.noise(x, torch.tensor([u.timestep], device=self.device), context, edges)
-            x = u.a * x + u.b * e
+            e = self.noise(x, torch.tensor([u.evaluation.timestep], device=self.device), context, edges)
+            last = [e.clone(), *last[: HISTORY - 1]]
+            x = u.a * x + sum(b * e for b, e in zip(u.b, last, strict=False))
         self.latent = x
         return self.decode(x).cpu().numpy()
 

@@ -150,6 +150,7 @@ class Manifest:
             if not isinstance(value, bool) and USUAL.get(name) != value
         }
         words = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value]
+        words += ["--cond"] if any(stage.endswith("_cond") for stage in self.stages) else []
         words += ["--no-shared-prefix"] if self.options.get("shared_prefix") is False else []
         return f"`python -m trt_builder build {' '.join(words)} --output {shlex.quote(str(self.folder.parent))}`"
 

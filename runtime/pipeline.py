@@ -19,7 +19,7 @@ from runtime.images import canny_hint, resize_image, resized_size
 from runtime.manifest import NAME, EngineError, Manifest
 from runtime.memory import Recent
 from runtime.noise import cuda_randn, random_seed
-from runtime.schedule import Schedule, alphas_cumprod, control_scales
+from runtime.schedule import Evaluation, Schedule, alphas_cumprod, control_scales
 from runtime.session import PipelineOptions, Session, Steps
 from runtime.tokenizer import tokenize
 
@@ -125,7 +125,7 @@ class Canny2Image:
             seed = random_seed(seed)
             session = self._session(height, width, num_samples)
             tokens = np.repeat(tokenize([f"{prompt}, {a_prompt}", n_prompt]), num_samples, axis=0)
-            steps = self._prepare(session, tuple(u.timestep for u in updates))
+            steps = self._prepare(session, tuple(u.evaluation for u in updates))
             watch.lap("prepare")
             with self._on_the_gpu(session):
                 text = session.start(steps, tokens)
@@ -244,9 +244,9 @@ class Canny2Image:
         except OutOfMemory as error:
             raise OutOfMemory(f"the engines {manifest.folder} do not fit into the GPU's memory: {error}") from error
 
-    def _prepare(self, session: Session, timesteps: tuple[int, ...]) -> Steps:
+    def _prepare(self, session: Session, evaluations: tuple[Evaluation, ...]) -> Steps:
         try:
-            steps = session.prepare(timesteps)
+            steps = session.prepare(evaluations)
         except EngineError as error:
             self._last = None
             key = next(key for key, manifest in self.manifests.items() if manifest is session.manifest)

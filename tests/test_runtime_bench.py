@@ -25,7 +25,7 @@ from runtime.schedule import Schedule
 from trt_builder.config import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEDULE = Schedule("19,10", 20, (19, 10))
+SCHEDULE = Schedule.of("19,10", 20, (19, 10))
 
 
 @pytest.fixture(scope="module")

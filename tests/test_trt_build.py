@@ -138,7 +138,7 @@ def test_types_and_layouts_of_the_boundary(bench: Bench, stage: str, options: Op
     trt = bench.flavour.trt
     half = trt.float16 if options.precision == "fp16" else trt.float32
     last = 1 << int(trt.TensorFormat.HWC8 if options.precision == "fp16" else trt.TensorFormat.HWC)
-    exact = {"x", "e", "x_next", "noise", "scales", "guidance", "coefficients"}
+    exact = {"x", "e", "e1", "e2", "difference", "x_next", "noise", "scales", "guidance", "coefficients"}
     types = {"tokens": trt.int32, "timesteps": trt.int32, "picture": trt.uint8} | dict.fromkeys(exact, trt.float32)
     network = bench.network(stage, WIDE, options)
     tensors = [network.get_input(i) for i in range(network.num_inputs)]

@@ -26,7 +26,7 @@ from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.inspect import Report, inspected_layers, read_report
 from trt_builder.random_weights import identity, random_weights, write_random_weights
-from trt_builder.stages import STAGES
+from trt_builder.stages import COND, STAGES, USUAL
 from trt_builder.terminal import (
     ERRORS,
     Bar,
@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=("fp16", "fp32"), default="fp16", help="(%(default)s)")
     add("--flavour", choices=("tensorrt", "tensorrt_rtx"), help="which TensorRT (the first one installed)")
     add("--target", default="", help="what tensorrt_rtx builds for, such as sm86,sm89 (the GPU here; without one, all)")
-    add("--stages", default=",".join(STAGES), help="(%(default)s)")
+    add("--stages", default=",".join(USUAL), help="(%(default)s)")
+    add("--cond", action="store_true", help=f"{', '.join(COND)}, too: for schedules with evaluate-cond")
     add("--attention", choices=("fused", "plain"), default="fused", help="(%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
@@ -161,7 +162,7 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
     wanted: the model, weights and shape, as `facts` gives them.
     """
     config, shape = ModelConfig.load(wanted.model), Shape(**wanted.shape)
-    stages = tuple(names(options.stages))
+    stages = tuple(dict.fromkeys([*names(options.stages), *(COND if options.cond else ())]))
     unknown = [name for name in stages if name not in STAGES]
     if unknown or not stages:
         raise BuildError(f"there is no stage {', '.join(unknown) or 'named'}: take some of {','.join(STAGES)}.")

@@ -20,7 +20,7 @@ from runtime.manifest import EngineError, Manifest, StagePlan, write_whole
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour
 from trt_builder.inspect import report_path, write_report
-from trt_builder.stages import define
+from trt_builder.stages import COND, define
 from trt_builder.weights import Weights, expected_shapes
 
 THREAD = "tensorrt-build"
@@ -44,6 +44,7 @@ STAGE_WEIGHTS = {
     "vae_decoder": r"^first_stage_model\.(decoder|post_quant)",
     "vae_encoder": r"^first_stage_model\.(encoder|quant)",
 }
+STAGE_WEIGHTS |= {name: STAGE_WEIGHTS[name.removesuffix("_cond")] for name in COND}
 
 
 class BuildError(ValueError):

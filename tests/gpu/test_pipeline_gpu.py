@@ -96,7 +96,7 @@ def test_a_profile_has_a_time_for_each(engines: Path, given: dict) -> None:
     with Canny2Image(engines) as pipeline:
         first = pipeline.process(**given)
         times = pipeline.profile(20)
-        assert times.keys() == {*STAGES, "step", "picture"} and min(times.values()) > 0
+        assert times.keys() >= {*STAGES, "step", "picture"} and min(times.values()) > 0
         np.testing.assert_array_equal(pipeline.process(**given), first)
 
 
