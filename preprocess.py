@@ -33,7 +33,7 @@ from trt_builder.build import Built
 from trt_builder.config import ModelConfig, Shape
 from trt_builder.convert import convert
 from trt_builder.flavour import MODULES, Flavour, FlavourError, get_flavour
-from trt_builder.stages import STAGES
+from trt_builder.stages import COND
 from trt_builder.terminal import ERRORS, Bar, output, show_size, table, verify_table
 from trt_builder.weights import Weights, expected_shapes
 
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=1, help="pictures at once (%(default)s)")
     add("--steps", type=int, default=20, help="the longest schedule that the engines take (%(default)s)")
     add("--precision", choices=("fp16", "fp32"), default="fp16", help="(%(default)s)")
+    add("--cond", action="store_true", help=f"{', '.join(COND)}, too: for schedules with evaluate-cond")
     add("--flavour", choices=("auto", *MODULES), default="auto", help="which TensorRT (the first that can build here)")
     add("--target", default="", help=f"what tensorrt_rtx builds for, as sm86,sm89 (the GPU here; without one {TARGET})")
     add("--output", type=Path, default=ROOT / "engines", help="the folder of engine folders (engines/)")
@@ -107,7 +108,7 @@ class Prepared:
 
 def preprocess(options: argparse.Namespace) -> int:
     """Weights, plugins, engines, verification, and what to run next."""
-    here, show = gpu(), Bar(STAGES)
+    here, show = gpu(), Bar([])
     model = options.model or ("sd15" if here or options.weights else "tiny")
     config = ModelConfig.load(model)
     shapes = wanted_shapes(options, model)
@@ -126,9 +127,10 @@ def preprocess(options: argparse.Namespace) -> int:
         compile_plugins(flavour, show)
         words = ["--model", model, "--weights", str(path), "--samples", str(options.samples), "--output"]
         words += [str(options.output), "--precision", options.precision, "--flavour", flavour.name, "--target", target]
-        build = cli.parser().parse_args(["build", *words, "--steps", str(options.steps)])
+        words += ["--steps", str(options.steps), *(["--cond"] if options.cond else [])]
+        build = cli.parser().parse_args(["build", *words])
         facts = cli.facts(build)
-        prepared = [prepare_shape(build, facts, shape, options, show) for shape in shapes]
+        prepared = [prepare_shape(build, facts, shape, options) for shape in shapes]
         output().print(summary(prepared))
     if here is None:
         what = "compares every output of the engines with PyTorch's, and compute_score.py draws with them"
@@ -209,12 +211,11 @@ def compile_plugins(flavour: Flavour, show: Bar) -> None:
         show.say(f"No plugins were compiled: {cli.sentence(error)}")
 
 
-def prepare_shape(
-    build: argparse.Namespace, facts: Manifest, shape: Shape, options: argparse.Namespace, show: Bar
-) -> Prepared:
+def prepare_shape(build: argparse.Namespace, facts: Manifest, shape: Shape, options: argparse.Namespace) -> Prepared:
     """Build what is missing of the engines of one shape, and verify them."""
     sizes = {"height": shape.height, "width": shape.width, "samples": shape.samples, "steps": shape.steps}
     request = cli.request(build, replace(facts, shape=sizes))
+    show = Bar(request.stages)
     show.say(f"Engines for {shape.height}x{shape.width}, in {short(request.manifest.folder)}")
     rows = building.build(request, show)
     manifest = Manifest.load(request.manifest.folder)
