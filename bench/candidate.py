@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models import find_weights
 from runtime.engine import gpu
 from runtime.pipeline import Canny2Image, usable
 from runtime.schedule import Schedule
@@ -88,21 +89,21 @@ def open_pipeline(
 
 def check_weights(pipeline: Canny2Image, model: str, weights: Path | None) -> None:
     """Raise ValueError unless the engines were built from the weights that the reference is given."""
-    from safetensors import safe_open
-
-    from cldm.canny2image import KNOWN
     from trt_builder.__main__ import file_sha256
+    from trt_builder.convert import source_of
 
-    places = [weights] if weights else KNOWN[model][1] if model in KNOWN else []
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
+    try:
+        path = find_weights(model, weights)
+    except FileNotFoundError:
         return  # the reference says so
     manifest = next(iter(pipeline.manifests.values()))
     if path.suffix == ".safetensors" and manifest.weights.startswith("random:"):
-        with safe_open(path, framework="numpy") as file:  # random weights are known by what they were made from
-            digest = (file.metadata() or {}).get("source", "")
+        digest = source_of(path)  # random weights are known by what they were made from
     else:
         digest = file_sha256(path)
+    built_from = Path(manifest.weights)  # what preprocess.py made of a .pth knows that file's SHA-256
+    if digest and digest != manifest.weights_sha256 and source_of(built_from) == digest:
+        digest = file_sha256(built_from)
     if digest != manifest.weights_sha256:
         what = f"{manifest.folder} was built from other weights ({manifest.weights}) than {path}"
         raise ValueError(f"{what}: run {manifest.command()} with --weights {path}.")

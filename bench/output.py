@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -32,10 +33,20 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
         raise OutputError(f"the output '{output}' is a file: choose a folder.")
     if place.is_dir() and any(place.iterdir()) and not _is_earlier_run(place):
         raise OutputError(f"the folder '{output}' holds files of something else: choose an empty or new one.")
-    parent = place if os.path.ismount(place) else place.parent
+    parent = place if is_mount(place) else place.parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"the output folder '{output}' cannot be written, because '{existing}' does not allow it.")
+
+
+def is_mount(place: Path) -> bool:
+    """Whether something is mounted at a resolved path, also a folder of the same file system, which os.path misses."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return os.path.ismount(place)
+    named = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in lines)
+    return str(place) in named
 
 
 def _is_earlier_run(folder: Path) -> bool:
@@ -53,7 +64,7 @@ def output_folder(output: Path) -> Iterator[Path]:
     Raises OutputError where it cannot be written or came to hold something else.
     """
     place = output.resolve()
-    mounted = os.path.ismount(place)  # such as a docker volume: it cannot be renamed, so its content is replaced
+    mounted = is_mount(place)  # such as a docker volume: it cannot be renamed, so its content is replaced
     parent = place if mounted else place.parent
     created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:

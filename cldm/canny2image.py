@@ -17,20 +17,12 @@ from cldm.cldm import ControlLDM
 from cldm.ddim_hacked import DDIMSampler
 from cldm.model import create_model, load_state_dict
 from cldm.stages import STAGES, Tensors
+from models import description, find_weights
 from runtime.images import canny_hint, resize_image
 from runtime.noise import cuda_randn, random_seed
 from runtime.rules import HISTORY
 from runtime.schedule import Schedule, Update, control_scales
 from runtime.tokenizer import tokenize
-
-MODELS = Path(__file__).resolve().parent.parent / "models"
-KNOWN = {
-    "tiny": (MODELS / "tiny" / "tiny.yaml", [MODELS / "tiny" / "tiny.safetensors"]),
-    "sd15": (
-        MODELS / "cldm_v15.yaml",
-        [MODELS / "control_sd15_canny.safetensors", MODELS / "control_sd15_canny.pth"],
-    ),
-}
 
 
 def load_model(
@@ -44,13 +36,8 @@ def load_model(
     Raises FileNotFoundError where the description or the weights are not there, ValueError (WeightsError) where they
     do not fit.
     """
-    config, places = KNOWN.get(str(model), (Path(model), []))
-    places = [Path(weights)] if weights else places
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        looked = f"there is nothing at {', '.join(map(str, places))}" if places else "name their file with --weights"
-        raise FileNotFoundError(f"model {str(model)!r} has no weights: {looked}")
-    loaded = create_model(config, "meta")
+    path = find_weights(model, weights)
+    loaded = create_model(description(model), "meta")
     loaded.load_state_dict(load_state_dict(path, device), assign=True)
     return loaded.to(dtype).requires_grad_(False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def create_model(config_path: str | Path, device: str | torch.device = "cpu") ->
     return model.eval()
 
 
+def refused(error: Exception) -> str:
+    """What an unpickler would not load; its own text advises to load it all the same."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it asks for {named[1]}" if named else "it is no pickle of tensors"
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its kind where it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
@@ -95,8 +102,8 @@ def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu")
             weights = torch.load(path, map_location=location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is damaged or holds more than weights, and loading it could run code: use a .safetensors file "
-            f"({first_line(error)})"
+            f"{path} is damaged or holds more than weights, and loading it could run code ({refused(error)}): use a "
+            ".safetensors file"
         ) from None
     except Exception as error:  # what a damaged pickle makes torch raise: IndexError, AssertionError, MemoryError, …
         raise WeightsError(f"{path} cannot be read as weights: {first_line(error)}") from None

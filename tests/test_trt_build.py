@@ -235,9 +235,9 @@ def test_full_size_serialises(record_property: Any, capsys: Any) -> None:
 @pytest.mark.parametrize("name", ["tiny", "sd15"])
 def test_expected_shapes_are_those_of_the_torch_model(name: str) -> None:
     model = pytest.importorskip("cldm.model")
-    from trt_builder.config import MODELS, NAMED
+    from models import description
 
-    state = model.create_model(MODELS / NAMED[name], device="meta").state_dict()
+    state = model.create_model(description(name), device="meta").state_dict()
     # The schedule's constants have no dot in their names; no stage needs them.
     wanted = {key: tuple(value.shape) for key, value in state.items() if "." in key}
     assert expected_shapes(ModelConfig.load(name)) == wanted

@@ -18,12 +18,13 @@ from typing import NoReturn
 
 from rich.logging import RichHandler
 
+from models import find_weights
 from runtime.engine import Engine, gpu
 from runtime.manifest import EngineError, Manifest, StagePlan, folder_name
 from trt_builder import build as building
 from trt_builder import verify as verifying
 from trt_builder.build import BuildError, Built, Request
-from trt_builder.config import MODELS, ModelConfig, Options, Shape
+from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.inspect import Report, inspected_layers, read_report
 from trt_builder.random_weights import identity, random_weights, write_random_weights
@@ -43,8 +44,6 @@ from trt_builder.weights import Weights, expected_shapes
 
 SIZES = {"tiny": (128, 128)}
 USUAL_SIZE = (256, 384)
-USUAL_WEIGHTS = {"tiny": MODELS / "tiny" / "tiny.safetensors", "sd15": MODELS / "control_sd15_canny.safetensors"}
-
 
 TWO_INTERPRETERS = """Compare the engines of a folder with PyTorch, output by output, on the same random inputs.
 
@@ -159,7 +158,22 @@ def sentence(error: BaseException) -> str:
 
 def build(options: argparse.Namespace) -> int:
     """Build the engines and say what was done."""
-    wanted = facts(options)
+    wanted = request(options, facts(options))
+    if not wanted.manifest.weights.startswith("random:"):
+        wanted.load()  # that they fit is worth knowing before anything is written
+    show = Bar(wanted.stages)
+    rows: list[Built] = building.build(wanted, show)
+    output().print(build_table(wanted.manifest, rows))
+    if any(row.warnings for row in rows):
+        show.say(f"TensorRT's warnings are in {wanted.manifest.folder / building.LOG}.")
+    return 0
+
+
+def request(options: argparse.Namespace, wanted: Manifest) -> Request:
+    """What the options of `build` ask for; BuildError or FlavourError where it cannot be had here.
+
+    wanted: the model, weights and shape, as `facts` gives them.
+    """
     config, shape = ModelConfig.load(wanted.model), Shape(**wanted.shape)
     stages = tuple(dict.fromkeys([*names(options.stages), *(COND if options.cond else ())]))
     unknown = [name for name in stages if name not in STAGES]
@@ -180,19 +194,12 @@ def build(options: argparse.Namespace) -> int:
         options=switches.as_dict(),
         folder=options.output / folder_name(wanted.model, shape.height, shape.width, shape.samples, switches.precision),
     )
-    show = Bar(stages)
 
     @cache  # it reads all of them, to see that they are finite
     def load() -> Weights:
         return weights_of(manifest, config)
 
-    if not manifest.weights.startswith("random:"):
-        load()  # that they fit is worth knowing before anything is written
-    rows: list[Built] = building.build(Request(manifest, config, shape, switches, flavour, stages, load), show)
-    output().print(build_table(manifest, rows))
-    if any(row.warnings for row in rows):
-        show.say(f"TensorRT's warnings are in {manifest.folder / building.LOG}.")
-    return 0
+    return Request(manifest, config, shape, switches, flavour, stages, load)
 
 
 def names(text: str) -> list[str]:
@@ -214,10 +221,10 @@ def facts(options: argparse.Namespace) -> Manifest:
         weights = f"random:{options.random_weights}"
         digest = identity(expected_shapes(config), options.random_weights)
     else:
-        path = options.weights or USUAL_WEIGHTS.get(model)
-        if path is None or not path.is_file():
-            place = f"at {path}" if path else f"for {model}"
-            raise BuildError(f"there are no weights {place}: name a file with --weights, or take --random-weights 0.")
+        try:
+            path = find_weights(model, options.weights)
+        except FileNotFoundError as error:
+            raise BuildError(f"{error}, or take --random-weights 0.") from None
         with ERRORS.status(f"reading {path}"):
             weights, digest = str(path), file_sha256(path)
     sizes = {"height": shape.height, "width": shape.width, "samples": shape.samples, "steps": shape.steps}
@@ -369,7 +376,8 @@ def stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a program that may build engines, and leave with its status, also where TensorRT does not stop."""
     signal.signal(signal.SIGTERM, stop)
     status = main()
     sys.stdout.flush()
@@ -377,3 +385,7 @@ if __name__ == "__main__":
     if any(thread.name == building.THREAD and thread.is_alive() for thread in threading.enumerate()):
         os._exit(status)  # TensorRT is still at work in there, and nothing else stops it
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -27,7 +27,9 @@ THREAD = "tensorrt-build"
 LOG = "build.log"
 TIMING_CACHE = "timing.cache"
 TIMINGS = "timings.json"  # that verify --time took
-NOT_DEFINITION = {"__main__.py", "build.py", "inspect.py", "verify.py", "random_weights.py", "terminal.py"}
+NOT_DEFINITION = {
+    "__main__.py", "build.py", "convert.py", "inspect.py", "verify.py", "random_weights.py", "terminal.py",
+}  # fmt: skip
 SPARE = 64 << 20  # bytes of disk beyond the plans, for reports, log and timing cache
 
 # Which weights a stage holds, for the estimate of its plan's size.

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-NAMED = {"sd15": "cldm_v15.yaml", "tiny": "tiny/tiny.yaml"}
-MODELS = Path(__file__).resolve().parent.parent / "models"
+from models import DESCRIPTIONS, description
+
 LARGEST_SIDE, MOST_SAMPLES, MOST_STEPS = 8192, 1000, 1000  # beyond the first two no GPU, beyond the last no model goes
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)
 
@@ -161,9 +161,9 @@ class ModelConfig:
 
         Raises FileNotFoundError, or ValueError where the yaml names something unknown or leaves something out.
         """
-        path = MODELS / NAMED[str(path_or_name)] if str(path_or_name) in NAMED else Path(path_or_name)
+        path = description(path_or_name)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no model description {path}; known names are {', '.join(NAMED)}")
+            raise FileNotFoundError(f"there is no model description {path}; known names are {', '.join(DESCRIPTIONS)}")
         try:
             config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
@@ -173,7 +173,7 @@ class ModelConfig:
         model = _params(config["model"], str(path))
         if not isinstance(model, _Model):
             raise ValueError(f"{path}: the model's target must be ControlLDM, not {config['model']['target']}")
-        name = next((n for n, file in NAMED.items() if MODELS / file == path), path.stem)
+        name = next((n for n, file in DESCRIPTIONS.items() if file == path), path.stem)
         return model.config(name)
 
     def consumers(self) -> dict[str, list[Block]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
 
 TOLERANCE = {"fp16": 2e-2, "fp32": 1e-3}  # on ‖a − b‖ / ‖b‖
+VERDICT = "verified.json"
 STEP = ("control", "unet_encoder", "unet_decoder")  # what runs once per evaluated step
 Arrays = dict[str, np.ndarray]
 
@@ -120,8 +121,8 @@ def load_twin(manifest: Manifest, device: str) -> ControlLDM:
 
     from cldm.canny2image import load_model
     from cldm.model import create_model
+    from models import description
     from runtime.schedule import noise_schedule
-    from trt_builder.config import MODELS, NAMED
     from trt_builder.random_weights import random_weights
     from trt_builder.weights import expected_shapes
 
@@ -132,7 +133,7 @@ def load_twin(manifest: Manifest, device: str) -> ControlLDM:
     name = manifest.model
     constants = {key: value.shape for key, value in noise_schedule().items()}
     shapes = {**constants, **expected_shapes(ModelConfig.load(name))}
-    model = create_model(MODELS / NAMED[name] if name in NAMED else name, "meta")
+    model = create_model(description(name), "meta")
     arrays = random_weights(shapes, int(seed))
     tensors = {key: torch.from_numpy(arrays.pop(key)).to(device).float() for key in list(arrays)}
     model.load_state_dict(tensors, assign=True)
@@ -254,6 +255,24 @@ def save_timings(manifest: Manifest, gpu: str, times: Mapping[str, list[float]])
     content = {"gpu": gpu, "flavour": manifest.flavour, "version": manifest.version, "stages": stages}
     write_whole(manifest.folder / TIMINGS, (json.dumps(content, indent=1) + "\n").encode())
     return content
+
+
+def save_verdict(manifest: Manifest, rows: Iterable[Comparison]) -> None:
+    """Write verified.json into the engine folder: that these plans were verified, and how far off they were."""
+    plans = {stage: plan.sha256 for stage, plan in manifest.stages.items()}
+    content = {"plans": plans, "comparisons": as_rows(rows)}
+    write_whole(manifest.folder / VERDICT, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def saved_verdict(manifest: Manifest) -> list[Comparison]:
+    """The comparisons of an earlier `save_verdict`, or none where it was of other plans or cannot be read."""
+    try:
+        content = json.loads((manifest.folder / VERDICT).read_text(encoding="utf-8"))
+        if content["plans"] != {stage: plan.sha256 for stage, plan in manifest.stages.items()}:
+            return []
+        return [Comparison(**{key: row[key] for key in row if key != "passed"}) for row in content["comparisons"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []  # it only saves time
 
 
 def about(manifest: Manifest) -> dict[str, Any]:
