@@ -25,7 +25,7 @@ from runtime.rules import EVALUATIONS
 from runtime.schedule import Evaluation, Schedule, Update, ddim_timesteps
 
 if TYPE_CHECKING:
-    from runtime.search_schedule import Found
+    from runtime.candidates import Found
 
 SOLVERS: dict[str, Callable[..., Any]] = {"DPM-Solver++(2M)": dpm_solver_pp_2m, "UniPC": unipc}
 TITLES = {"reuse": "reuse, searched", "extrapolate": "extrapolate, searched", "fitted": "fitted weights, searched",

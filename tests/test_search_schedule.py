@@ -17,10 +17,11 @@ from bench.trials import Trials
 from cldm.canny2image import Staged
 from cldm.model import create_model
 from cldm.stages import STAGES
+from runtime.candidates import COSTS, FAMILIES, Candidate, Found, beam_search, cheapened, neighbours, starts
 from runtime.images import read_image
 from runtime.rules import EVALUATIONS, POLYNOMIALS, Rule, ScheduleError
 from runtime.schedule import Schedule
-from runtime.search_schedule import COSTS, FAMILIES, Candidate, Found, Log, beam_search, neighbours, rule_of, starts
+from runtime.search_schedule import Log, rule_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN: dict[str, Any] = {
@@ -134,6 +135,14 @@ def test_the_beam_finds_the_best_of_what_can_be_reached() -> None:
     found = beam_search(score, starts("reuse", 5, 20), near, 4, 30, 40, 0)
     assert found[0].pd == 0 and indices(found[0].candidate).tolist() == wanted.tolist()
     assert [f.pd for f in found] == sorted(f.pd for f in found)
+
+
+def test_the_last_evaluations_are_made_cheaper_until_they_fit() -> None:
+    dear = Candidate(("evaluate",) * 6 + ("",), fit=True)
+    made = cheapened(dear, "evaluate-cond", 4.6, COSTS)
+    assert made and made.kinds == ("evaluate",) * 3 + ("evaluate-cond",) * 3 + ("",) and made.fit
+    assert cheapened(dear, "evaluate-cond", 6, COSTS) == dear
+    assert cheapened(dear, "evaluate-unet", 4, COSTS) is None  # two whole ones and four cheaper ones are 4.96
 
 
 def test_costs_count_what_runs() -> None:
