@@ -6,14 +6,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.report import MADE_BY
-
-RESULTS = "results.json"
+from bench.report import MADE_BY, RESULTS
 
 
 class OutputError(ValueError):
@@ -52,7 +52,7 @@ def is_mount(place: Path) -> bool:
 def _is_earlier_run(folder: Path) -> bool:
     try:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("made_by") == MADE_BY
 
@@ -81,7 +81,9 @@ def output_folder(output: Path) -> Iterator[Path]:
                 _replace_content(place, staging)
             else:
                 _replace_folder(place, staging, Path(temporary, "old"))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(output)  # as where the disk is full
         for folder in created:  # innermost first
             with suppress(OSError):  # never made, or by now in use by someone else
                 folder.rmdir()
@@ -109,3 +111,20 @@ def _replace_content(place: Path, staging: Path) -> None:
     # The results come last: where they are, everything is.
     for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == RESULTS):
         entry.rename(place / entry.name)
+
+
+@contextmanager
+def ignoring_signals() -> Iterator[Callable[[], None]]:
+    """Yields a function after whose call Ctrl-C and SIGTERM are ignored until the block ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()  # signals are of no other thread
+
+    def ignore() -> None:
+        for number in before if here else ():
+            signal.signal(number, signal.SIG_IGN)
+
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items() if here else ():
+            signal.signal(number, handler)

@@ -5,6 +5,7 @@ All pictures of a set are one batch, what schedules begin with alike is evaluate
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from runtime.images import canny_hint, resize_image
 from runtime.noise import cuda_randn
 from runtime.rules import HISTORY, Rule
 from runtime.schedule import Evaluation, Schedule, Update, control_scales, ddim_timesteps
-from runtime.tokenizer import tokenize
+from runtime.tokenizer import END, tokenize
 
 KEPT = 100  # evaluations that are remembered, a few megabytes each
 RIDGE = 1e-4  # how strongly fitted weights hold to those of plain DDIM, relative to the data
@@ -63,6 +64,7 @@ class Trials:
         text = self._stage("clip", {"tokens": torch.from_numpy(tokens).to(model.device)})
         text = {name: tensor.repeat_interleave(n, 0) for name, tensor in text.items()}
         hints = [self._stage("hint", {"edges": edge_tensor(edge, model)})["hint"] for edge in edges]
+        self.edges = edge_tensor(edges[0], model)
         self.timesteps = ddim_timesteps(self.steps)
         times = self._stage("time", {"timesteps": torch.from_numpy(self.timesteps.copy()).to(model.device)})
         scales = control_scales(len(model.control_scales), given["strength"], given["guess_mode"])
@@ -74,6 +76,30 @@ class Trials:
         self._evaluations: OrderedDict[Any, tuple[tuple[Tensor, ...], Memory]] = OrderedDict()
         self.path = self._reference()
         self.features = self._features(self.path[-1])
+
+    def once(self) -> None:
+        """What a picture takes besides its steps: text, hint, time rows, decoding."""
+        tokens = torch.full((2, 77), END, dtype=torch.long, device=self.model.device)
+        self._stage("clip", {"tokens": tokens})
+        self._stage("hint", {"edges": self.edges})
+        self._stage("time", {"timesteps": torch.from_numpy(self.timesteps.copy()).to(self.model.device)})
+        self._stage("vae_decoder", {"x": self.x[:1].to(self.model.dtype)})
+
+    def wait(self) -> None:
+        """Until the device has done all of it."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def only_first(self) -> Trials:
+        """The same of the first picture alone, to take times of."""
+        n, one, d = len(self.x), copy.copy(self), self.denoiser
+        both = [0, n]
+        one.x = self.x[:1]
+        one.denoiser = Denoiser(
+            self._stage, {k: v[both] for k, v in d.text.items()}, {k: v[:1] for k, v in d.features.items()}, d.times,
+            d.scales[:, both], d.guidance,
+        )  # fmt: skip
+        return one
 
     def _stage(self, name: str, inputs: Tensors) -> Tensors:
         return STAGES[name](self.model, inputs)
@@ -103,7 +129,8 @@ class Trials:
         With `fit`, every evaluation after the first gets weights of its own, those with which the steps up to the next
         evaluation come nearest to the reference (least squares); the steps between reuse them.
         """
-        x, es = self.x, ()
+        x = self.x
+        es: tuple[Tensor, ...] = ()
         rules, memory = list(schedule.rules), Memory()
         updates = schedule.updates(0.0, self.alphas)
         history: tuple[Any, ...] = ()
@@ -111,12 +138,14 @@ class Trials:
             i = len(rules) - 1 - u.step
             history = (*history, (u.step, u.evaluation))
             es, memory = self._evaluate(history, x, u.step, u.evaluation, es, memory)
-            b = u.b
+            b: tuple[float, ...] = u.b
             if fit:
                 weights = self._fitted(x, es, u.a, u.b[0] + u.b[1] + u.b[2], self.path[following])
                 rules[i] = Rule(rules[i].name, weights)
-                b = tuple(w * sum(u.b) for w in weights)  # type: ignore[assignment]
-            x = u.a * x + sum(w * e for w, e in zip(b, es, strict=False))
+                b = tuple(w * sum(u.b) for w in weights)
+            x = u.a * x
+            for w, e in zip(b, es, strict=False):
+                x = x + w * e
             history = (*history, tuple(round(w, 12) for w in b))
         pd, rms = self.score(x)
         return Trial(Schedule(schedule.name, schedule.steps, tuple(rules)), pd, rms)

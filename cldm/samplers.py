@@ -28,6 +28,15 @@ def _constants(timesteps: Sequence[int], alphas: np.ndarray) -> tuple[list[float
     return alpha.tolist(), sigma.tolist(), np.log(alpha / sigma).tolist()
 
 
+def ddim(denoise: Denoise, x: Tensor, timesteps: Sequence[int], alphas: np.ndarray) -> Tensor:
+    """x (N, 4, h, w) after deterministic DDIM, one evaluation a timestep (descending); Song et al. 2021."""
+    alpha, sigma, _ = _constants(timesteps, alphas)
+    for i, t in enumerate(timesteps):
+        e = denoise(x, t)
+        x = alpha[i + 1] * (x - sigma[i] * e) / alpha[i] + sigma[i + 1] * e
+    return x
+
+
 def dpm_solver_pp_2m(denoise: Denoise, x: Tensor, timesteps: Sequence[int], alphas: np.ndarray) -> Tensor:
     """x (N, 4, h, w) after DPM-Solver++(2M), one evaluation a timestep (descending).
 

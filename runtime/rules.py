@@ -150,7 +150,7 @@ def _compose(path: Path) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ScheduleError(f"{path}{line} is not valid YAML: {error.problem}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ScheduleError(f"{path} is not a YAML text file.") from error
 
 
@@ -158,7 +158,8 @@ def _plain(path: Path, node: yaml.Node) -> Any:
     """What a node holds, as Python's own types."""
     try:
         return SafeConstructor().construct_document(node)
-    except (yaml.MarkedYAMLError, ValueError) as error:  # a value that its type does not take, as 2026-99-99
+    # What a value's type does not take, as 2026-99-99, and what PyYAML lets through of its tags.
+    except (yaml.MarkedYAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ScheduleError(f"{path}, line {_line(node)}: this value cannot be read: {error}") from error
 
 

@@ -167,6 +167,15 @@ class Schedule:
             raise ScheduleError(f"The schedule {text!r} is no list of steps as 19,18,4.") from None
         return Schedule.of(",".join(map(str, evaluated)), steps, evaluated)
 
+    def to_yaml(self, comment: str = "") -> str:
+        """The file that `parse` reads this schedule from."""
+        lines = [f"# {line}" for line in comment.splitlines()]
+        lines += [f"name: {self.name}", f"steps: {self.steps}", "rules:"]
+        for i, rule in enumerate(self.rules):
+            text = f"{rule.name}: [{', '.join(map(repr, rule.weights))}]" if rule.weights else rule.name
+            lines.append(f"- {text:<40} # {len(self.rules) - 1 - i}")
+        return "\n".join(lines) + "\n"
+
     @property
     def evaluated(self) -> tuple[int, ...]:
         """The steps at which networks run, descending."""
@@ -223,6 +232,12 @@ class Schedule:
             evaluation = Evaluation(int(timesteps[step]), rule.control, rule.both)
             updates.append(Update(step, evaluation, float(a_run), (b0, b1, b2), kept))
         return updates
+
+
+def every_schedule(steps: int) -> list[Schedule]:
+    """All that have a name and are for this number of steps, the most evaluations first."""
+    loaded = [Schedule.parse("full", steps), *map(_load, NAMED.values())]
+    return sorted((s for s in loaded if s.steps == steps), key=lambda s: -len(s.evaluated))
 
 
 def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]:

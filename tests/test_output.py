@@ -103,7 +103,7 @@ def test_a_folder_of_the_same_disk_that_is_mounted_is_filled_in_place(tmp_path):
     assert files() == ["a volume/a"] and os.listdir("a volume") == ["a"]
 
 
-@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', "[]", "{"])
+@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', "[]", "{", "[" * 100_000])
 def test_results_of_another_program_are_not_replaced(content):
     Path("score").mkdir()
     Path("score/results.json").write_text(content)

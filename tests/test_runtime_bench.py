@@ -48,6 +48,17 @@ def engines(model, tmp_path, monkeypatch):
     return tmp_path / "tiny"
 
 
+def test_every_schedule_is_held_against_pytorch(model):
+    given = bench.ours.arguments(64, 64)
+    staged = bench.peers.Watched(model, Schedule.parse("19,4", 20))
+    staged.process(**given)
+    arrays = {"latent/19,4": staged.latent.numpy() * 1.25}
+    ours = {"pictures": {"19,4": {"median": 3.0}}}
+    (found,) = bench.peers.by_schedule(ours, arrays, model, given, "cpu").values()
+    assert found["ms"] == 3.0 and found["off"] == pytest.approx(0.25) and 0 < found["off_fp16"] < 0.1
+    assert bench.peers.schedule_table({"19,4": found}).row_count == 1
+
+
 def test_ours_writes_all_that_the_table_needs(engines, tmp_path, monkeypatch, capsys, model):
     monkeypatch.setattr("bench.ours.WARM_UP", 1)
     monkeypatch.setattr("bench.ours.SCHEDULES", ("hackathon-10",))
@@ -102,7 +113,7 @@ def test_the_table_has_a_line_for_each_and_ratios_to_ours():
 
 
 def choose(backend, engines=None, shape=(64, 64, 1), model="tiny", weights=None):
-    made = tensorrt_candidate(backend, engines, model, weights, SCHEDULE, [shape])
+    made = tensorrt_candidate(backend, engines, model, weights, [SCHEDULE], [shape])
     if made:
         assert made.about()["folders"] == ["tiny"] and made.about()["memory"]["activation"] > 0
         made.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,8 +62,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BuildError(f"{message} (see --help).")
 
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options of a command line; argparse itself takes "--steps=--" for an empty list."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word}: expected one argument")
+        return self.parse_args(words)
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Every command and option."""
     make = Parser(prog="trt_builder", description=__doc__, allow_abbrev=False)
     commands = make.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -120,11 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 where verify finds an output over its tolerance, 2 for bad input, 130 when stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown ends nothing
     handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     commands = {"build": build, "inspect": inspect, "verify": verify, "random-weights": write_weights}
     try:
-        options = parser().parse_args(argv)
+        options = parser().parse(argv)
         return commands[options.command](options)
     except KeyboardInterrupt:
         print("trt_builder: stopped; of a build, what was finished is kept and the next continues.", file=sys.stderr)
@@ -182,6 +195,7 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
         folder=options.output / folder_name(wanted.model, shape.height, shape.width, shape.samples, switches.precision),
     )
 
+    @cache  # it reads all of them, to see that they are finite
     def load() -> Weights:
         return weights_of(manifest, config)
 
@@ -189,8 +203,8 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
 
 
 def names(text: str) -> list[str]:
-    """The parts of a list written with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The parts of a list written with commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def facts(options: argparse.Namespace) -> Manifest:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from trt_builder.config import Block, ModelConfig, UNetConfig, VAEConfig
 
@@ -53,21 +54,21 @@ class Weights(Mapping[str, np.ndarray]):
             raise FileNotFoundError(f"there are no weights at {path}")
         if path.suffix != ".safetensors":
             raise WeightsError(f"{path} is no .safetensors file: convert it first (python preprocess.py does)")
-        size = path.stat().st_size
         try:
+            with safe_open(path, framework="numpy"):  # which checks every size and place in the header
+                pass
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, size)))
+                header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = {
                 name: (_TYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0], e["dtype"] == "BF16")
                 for name, e in header.items()
             }
-            end = max((8 + length + e["data_offsets"][1] for e in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise WeightsError(f"{path} cannot be read as .safetensors: {error!r}") from None
-        if end > size:
-            raise WeightsError(f"{path} is cut short: it has {size} bytes and should have {end}")
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
+        except KeyError as error:
+            raise WeightsError(f"{path} holds weights of the type {error}, which is not read") from None
         data = np.memmap(path, np.uint8, "r")
         arrays = {name: _view(data, *entry[:3]) for name, entry in entries.items()}
         weights = cls(arrays, str(path))
