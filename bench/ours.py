@@ -38,6 +38,7 @@ ABLATIONS = {
     "each step a graph": replace(COMPETITION, graph="step"),
     "no graph": replace(COMPETITION, graph="none"),
     "one stream": replace(COMPETITION, two_streams=False),
+    "hint and time rows in every step": replace(COMPETITION, hoist=False),
     "edges before the text": replace(COMPETITION, overlap=False),
     "activation memory apart": replace(COMPETITION, share_memory=False),
 }

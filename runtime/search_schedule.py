@@ -274,8 +274,8 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     add = make.add_argument_group("what to search").add_argument
-    add("--budget", nargs="+", type=float, default=[10.0], help="evaluations a picture may cost (%(default)s)")
-    add("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="(%(default)s)")
+    add("--budget", nargs="+", type=float, default=[10.0], help="evaluations that a picture may cost (10)")
+    add("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="(all four)")
     add("--costs", type=costs, default=COSTS, metavar="RULE=COST,…", help=f"of a partial evaluation ({text_of(COSTS)})")
     add("--beam", type=int, default=3, help="schedules that are improved at once (%(default)s)")
     add("--rounds", type=int, default=4, help="of improvement (%(default)s)")
@@ -285,13 +285,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", help="tiny, sd15 or a .yaml file (%(default)s)")
     add("--weights", type=Path, help="the model's weights (its usual place)")
     add("--images", nargs="+", type=Path, default=usual.images, help="pictures or folders of them (pictures/)")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2, 3],
-        help="of the noise; every second is held out (%(default)s)",
-    )
+    add("--seeds", nargs="+", type=int, default=list(range(6)), help="of the noise; every other is held out (0 to 5)")
     add("--prompt", default=usual.prompt, help="(%(default)s)")
     add("--steps", type=int, default=20, help="DDIM steps of the reference (%(default)s)")
     add("--scale", type=float, default=usual.scale, help="of the guidance (%(default)s)")
@@ -300,7 +294,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     add("--workers", type=int, default=0, help="processes (one a core, at most 8; one on a GPU)")
     add("--output", type=Path, default=Path("searches"), help="folder for what is tried and found (%(default)s)")
-    add("--save", type=Path, help="also write the best of --families' last as frontier-<budget>.yaml into this folder")
+    add("--save", type=Path, metavar="DIR", help="also write the best of each budget there, as frontier-<budget>.yaml")
     return make
 
 

@@ -38,6 +38,7 @@ class PipelineOptions:
 
     graph: the whole picture as one CUDA graph, each step as one, or none.
     two_streams: `control` and `unet_encoder` at the same time.
+    hoist: `hint` and `time` once, and not again in every evaluated step.
     skip_text: `clip` only where the prompts are not those of the picture before.
     overlap: launch `clip` on its own first, so that it runs while the host resizes and looks for edges.
     share_memory: one activation memory for all engines that do not run at the same time.
@@ -46,6 +47,7 @@ class PipelineOptions:
 
     graph: Literal["picture", "step", "none"] = "picture"
     two_streams: bool = True
+    hoist: bool = True
     skip_text: bool = True
     overlap: bool = True
     share_memory: bool = True
@@ -187,6 +189,8 @@ class Session:
         control, encoder, decoder = STEP if evaluation.both else COND
         apart = self.options.two_streams and evaluation.control
         side = self.side if apart else self.main
+        for name in () if self.options.hoist else ("hint", "time"):
+            self.stage(name, self.main)
         if apart:
             check(cuda.cudaEventRecord(self._forked, self.main))
             check(cuda.cudaStreamWaitEvent(side, self._forked, 0))

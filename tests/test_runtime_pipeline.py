@@ -55,6 +55,7 @@ OPTIONS = [
     PipelineOptions(overlap=False, skip_text=False),
     PipelineOptions(skip_text=False),
     PipelineOptions(two_streams=False),
+    PipelineOptions(hoist=False),
     PipelineOptions(share_memory=False),
 ]
 

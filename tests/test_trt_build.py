@@ -169,6 +169,10 @@ def test_switches_change_what_they_say(bench: Bench) -> None:
         layers = [network.get_layer(i) for i in range(network.num_layers)]
         return next(tuple(x.get_output(0).shape) for x in layers if x.name.endswith("input_blocks.1.0/in_layers.2"))
 
+    def formats(network: Any) -> set[int]:
+        return {network.get_output(i).allowed_formats for i in range(network.num_outputs)}
+
+    assert len(formats(usual)) == 1 and formats(usual) != formats(built(boundary="linear"))
     assert first_map(usual)[0] == WIDE.samples
     assert first_map(built(shared_prefix=False))[0] == WIDE.batch
 

@@ -86,6 +86,7 @@ def parser() -> Parser:
     add("--attention", choices=("fused", "plain"), default="fused", help="(%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
+    add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
     add("--group-norm", choices=("auto", "plugin", "native"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
@@ -180,7 +181,12 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
     if unknown or not stages:
         raise BuildError(f"there is no stage {', '.join(unknown) or 'named'}: take some of {','.join(STAGES)}.")
     switches = Options(
-        options.precision, options.attention, options.qkv, not options.no_shared_prefix, options.group_norm
+        options.precision,
+        options.attention,
+        options.qkv,
+        not options.no_shared_prefix,
+        options.boundary,
+        options.group_norm,
     )
     flavour = get_flavour(options.flavour)
     name, capability, targets = place(flavour, names(options.target.lower()))

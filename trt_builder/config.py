@@ -353,6 +353,7 @@ class Options:
     attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax.
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
+    boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".
     group_norm: "plugin", "native" (TensorRT's normalisation layer), or "auto": the plugin where it can be had.
     """
 
@@ -360,6 +361,7 @@ class Options:
     attention: Literal["fused", "plain"] = "fused"
     qkv: Literal["joined", "apart"] = "joined"
     shared_prefix: bool = True
+    boundary: Literal["channels-last", "linear"] = "channels-last"
     group_norm: Literal["auto", "plugin", "native"] = "auto"
 
     def __post_init__(self) -> None:
@@ -377,4 +379,5 @@ def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "attention", ("fused", "plain")
     yield "qkv", ("joined", "apart")
     yield "shared_prefix", (True, False)
+    yield "boundary", ("channels-last", "linear")
     yield "group_norm", ("auto", "plugin", "native")

@@ -95,7 +95,9 @@ class Stage:
         y.allowed_formats = self._formats(channels_last)
 
     def _formats(self, channels_last: bool) -> int:
-        return self.flavour.channels_last(self.options.precision) if channels_last else self.flavour.linear()
+        if channels_last and self.options.boundary == "channels-last":
+            return self.flavour.channels_last(self.options.precision)
+        return self.flavour.linear()
 
     def rows(self) -> list[trt.ITensor]:
         """The inputs row0, row1, … (1, C_i)."""

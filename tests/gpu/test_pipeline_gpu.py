@@ -44,8 +44,8 @@ def test_the_same_picture_every_time_and_by_every_switch(engines: Path, given: d
         assert first[0].std() > 5
         assert all(np.array_equal(pipeline.process(**given), first) for _ in range(100))
     for change in (
-        {"graph": "step"}, {"graph": "none"}, {"two_streams": False}, {"overlap": False}, {"skip_text": False},
-        {"share_memory": False},
+        {"graph": "step"}, {"graph": "none"}, {"two_streams": False}, {"hoist": False}, {"overlap": False},
+        {"skip_text": False}, {"share_memory": False},
     ):  # fmt: skip
         with Canny2Image(engines, options=replace(usual, **change)) as pipeline:
             pictures = [pipeline.process(**given), pipeline.process(**given)]
