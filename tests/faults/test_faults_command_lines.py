@@ -108,8 +108,12 @@ class Quick:
 @CALM
 @given(argv=command_lines(compute_score.parser()))
 def test_any_command_line_of_compute_score(argv, here, tally):
+    def load(options, schedules, *_):
+        names = [schedule.name for schedule in schedules] if options.schedule == "all" else ["candidate"]
+        return Quick(), {name: Quick() for name in names}, None
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compute_score, "load_pipelines", lambda *_: (Quick(), Quick(), None))
+        patch.setattr(compute_score, "load_pipelines", load)
         patch.setattr(compute_score.ERRORS, "file", io.StringIO())  # rich's; warnings are not the end
         patch.setattr("bench.perceptual.InceptionFeatures", Quick)
         patch.setattr(bench.figures, "contact_sheet", lambda *_: None)
