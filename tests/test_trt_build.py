@@ -195,7 +195,7 @@ def test_refusals_are_sentences(bench: Bench) -> None:
     with pytest.raises(FlavourError, match="there is no flavour 'onnx'"):
         get_flavour("onnx")
     for sides in ((100, 128), (128, 0), (128, -64)):
-        with pytest.raises(ValueError, match="must be a positive multiple of 64"):
+        with pytest.raises(ValueError, match="must be a multiple of 64 from 64"):
             Shape(*sides)
     with pytest.raises(ValueError, match="the number of samples is 0"):
         Shape(64, 64, samples=0)
@@ -254,10 +254,10 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(weights[name], array)
     assert np.shares_memory(weights["a"], weights.cast("a", np.float16))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(WeightsError, match="is cut short"):
+    with pytest.raises(WeightsError, match="is damaged or cut short"):
         Weights.open(path)
     path.write_bytes(b"nonsense that is no header")
-    with pytest.raises(WeightsError, match="cannot be read as .safetensors"):
+    with pytest.raises(WeightsError, match="is damaged or cut short"):
         Weights.open(path)
     with pytest.raises(FileNotFoundError, match="there are no weights at"):
         Weights.open(tmp_path / "absent.safetensors")

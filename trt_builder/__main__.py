@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -168,6 +170,7 @@ def build(options: argparse.Namespace) -> int:
     )
     show = Bar(stages)
 
+    @cache  # it reads all of them, to see that they are finite
     def load() -> Weights:
         return weights_of(manifest, config)
 
@@ -181,8 +184,8 @@ def build(options: argparse.Namespace) -> int:
 
 
 def names(text: str) -> list[str]:
-    """The parts of a list written with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The parts of a list written with commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def facts(options: argparse.Namespace) -> Manifest:
@@ -356,6 +359,9 @@ def stop(*_: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
