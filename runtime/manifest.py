@@ -87,6 +87,8 @@ class Manifest:
         schema = content.pop("schema", None)
         if schema != SCHEMA:
             raise damaged(path, f"its schema is {schema!r} and this version reads {SCHEMA}")
+        if content.pop("sha256", None) != seal(content):
+            raise damaged(path, "it was changed after it was written (its SHA-256 is not that of its content)")
         check_types(path, "", content, cls)
         if content["shape"].keys() != SHAPE or min(content["shape"].values()) < 1:
             raise damaged(path, f"its shape is {reprlib.repr(content['shape'])}")
@@ -108,6 +110,7 @@ class Manifest:
         """Write manifest.json: whole or not at all."""
         content: dict[str, Any] = {"made_by": MADE_BY, "schema": SCHEMA, **asdict(self)}
         del content["folder"]
+        content["sha256"] = seal({name: content[name] for name in content if name not in ("made_by", "schema")})
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         write_whole(self.folder / NAME, text.encode("utf-8", "backslashreplace"))  # as JSON escapes odd file names
 
@@ -171,6 +174,11 @@ class Manifest:
 def folder_name(model: str, height: int, width: int, samples: int, precision: str) -> str:
     """The usual name of an engine folder; `model` may be a yaml's path."""
     return f"{Path(model).stem}-{height}x{width}-n{samples}-{precision}"
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's fields, by which damage is noticed where it would still read as a manifest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_file(path: Path, most: int) -> bytes:

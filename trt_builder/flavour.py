@@ -238,7 +238,10 @@ class Flavour:
         if monitor is not None and self.progress:
             config.progress_monitor = monitor
         if self.timing_cache:
-            config.set_timing_cache(config.create_timing_cache(timing_cache), False)
+            cache = config.create_timing_cache(timing_cache)
+            if cache is None or not config.set_timing_cache(cache, False):
+                log.warning("The timing cache is damaged or of another GPU or TensorRT: a new one is begun.")
+                config.set_timing_cache(config.create_timing_cache(b""), False)
         self._set_targets(config, targets)
         return config
 
