@@ -192,7 +192,10 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under a temporary name and rename it, so that the name never holds half of it."""
+    """Write a file under a temporary name and rename it, so that the name never holds half of it.
+
+    Raises OSError, with the file's name and without leaving anything, where it cannot.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -200,8 +203,10 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # on a full disk it would keep others from writing
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

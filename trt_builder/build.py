@@ -95,19 +95,23 @@ class BuildLog:
     file: TextIO
     warnings: int = 0
     error: str = ""
+    full: OSError | None = None  # why the file could not be written to
     layers: str = ""  # TensorRT-RTX tells its layers in the verbose log, and nowhere else without a GPU
 
     def add(self, severity: str, message: str) -> None:
         """Take one message."""
         if message.startswith("Layers:\n"):
             self.layers = message
-        if severity == "VERBOSE" or self.file.closed:  # closed after Ctrl-C, when TensorRT has not ended yet
+        if severity == "VERBOSE" or self.full or self.file.closed:  # closed after Ctrl-C, when TensorRT has not ended yet
             return
         self.warnings += severity == "WARNING"
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.error = " ".join(message.split())
-        self.file.write(f"{severity} {message}\n")
-        self.file.flush()
+        try:
+            self.file.write(f"{severity} {message}\n")
+            self.file.flush()
+        except OSError as error:  # raised from here, TensorRT would print its stack and go on
+            self.full = error
 
 
 @dataclass
@@ -261,10 +265,15 @@ def build_stage(request: Request, stage: str, key: str, weights: Weights, show: 
             log = BuildLog(file)
             patience = 10.0 if request.flavour.progress else 0.0  # without a monitor nothing stops TensorRT
             plan = in_thread(lambda stopped: serialize(request, stage, weights, log, show, stopped), patience)
+            if log.full:
+                raise log.full
             seconds = time.perf_counter() - begin
             entry = StagePlan(key, hashlib.sha256(plan).hexdigest(), plan.nbytes, round(seconds, 3))
             write_whole(folder / f"{stage}.plan", plan)
             return entry, log.warnings
+    except OSError as error:
+        error.filename = error.filename or str(folder / LOG)
+        raise
     finally:
         show.end()
 
