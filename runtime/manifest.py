@@ -6,6 +6,7 @@ A plan is a program for the GPU, so only bytes whose SHA-256 stands in the manif
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -75,7 +76,7 @@ class Manifest:
             content = json.loads(read_file(path, MOST).decode())
         except FileNotFoundError:
             what = f"{folder} holds no engines ({NAME} is missing)"
-            inside = sorted(str(p.parent) for p in Path(folder).glob(f"*/{NAME}"))
+            inside = [str(path) for path in folders_in(folder)]
             todo = f"name one of {', '.join(inside)}" if inside else "run `python -m trt_builder build`"
             raise EngineError(f"{what}: {todo}.") from None
         except OSError as error:
@@ -85,7 +86,7 @@ class Manifest:
         if not isinstance(content, dict) or content.pop("made_by", None) != MADE_BY:
             raise damaged(path, "trt_builder did not write it")
         schema = content.pop("schema", None)
-        if schema != SCHEMA:
+        if (type(schema), schema) != (int, SCHEMA):
             raise damaged(path, f"its schema is {schema!r} and this version reads {SCHEMA}")
         if content.pop("sha256", None) != seal(content):
             raise damaged(path, "it was changed after it was written (its SHA-256 is not that of its content)")
@@ -189,6 +190,11 @@ def read_file(path: Path, most: int) -> bytes:
     if about.st_size > most:
         raise OSError(errno.EFBIG, f"it has {about.st_size} bytes, and {most} are the most expected", str(path))
     return path.read_bytes()
+
+
+def folders_in(place: str | Path) -> list[Path]:
+    """The engine folders in a folder; none where it may not be read."""
+    return sorted(Path(path).parent for path in glob.glob(f"{glob.escape(str(place))}/*/{NAME}"))
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 
 from runtime.engine import OutOfMemory, gpu
 from runtime.images import canny_hint, resize_image, resized_size
-from runtime.manifest import NAME, EngineError, Manifest
+from runtime.manifest import NAME, EngineError, Manifest, folders_in
 from runtime.memory import Recent
 from runtime.noise import cuda_randn, random_seed
 from runtime.schedule import Schedule, alphas_cumprod, control_scales
@@ -280,7 +281,7 @@ def latent_noise(seed: int, shape: tuple[int, ...], draws_before: int = 0) -> np
 def usable(engines: str | Path) -> bool:
     """Whether there is a GPU, and an engine folder at this place or in it."""
     folder = Path(engines)
-    return gpu() is not None and ((folder / NAME).is_file() or any(folder.glob(f"*/{NAME}")))
+    return gpu() is not None and (os.path.isfile(folder / NAME) or bool(folders_in(folder)))
 
 
 def find_manifests(folder: Path, model: str | None = None) -> dict[tuple[int, int, int], Manifest]:
@@ -289,8 +290,8 @@ def find_manifests(folder: Path, model: str | None = None) -> dict[tuple[int, in
     Raises EngineError where there is none (for this model), one is damaged, or two are for the same shape.
     """
     folders = [folder]
-    if not (folder / NAME).is_file():
-        folders = sorted(path.parent for path in folder.glob(f"*/{NAME}")) or folders
+    if not os.path.isfile(folder / NAME):  # which is False where Path's raises: Manifest.load says why
+        folders = folders_in(folder) or folders
     found: dict[tuple[int, int, int], Manifest] = {}
     models: dict[tuple[str, str], Manifest] = {}
     for manifest in map(Manifest.load, folders):

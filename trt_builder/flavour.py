@@ -238,12 +238,16 @@ class Flavour:
         if monitor is not None and self.progress:
             config.progress_monitor = monitor
         if self.timing_cache:
-            cache = config.create_timing_cache(timing_cache)
-            if cache is None or not config.set_timing_cache(cache, False):
-                log.warning("The timing cache is damaged or of another GPU or TensorRT: a new one is begun.")
-                config.set_timing_cache(config.create_timing_cache(b""), False)
+            self.take_timing_cache(config, timing_cache)
         self._set_targets(config, targets)
         return config
+
+    def take_timing_cache(self, config: Any, content: bytes) -> None:
+        """Give a configuration a timing cache, an empty one where `content` is damaged or of another GPU or TensorRT."""
+        cache = config.create_timing_cache(content)
+        if cache is None or not config.set_timing_cache(cache, False):
+            log.warning("The timing cache is damaged or of another GPU or TensorRT: a new one is begun.")
+            config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def _set_targets(self, config: Any, targets: Sequence[str]) -> None:
         known = self.targets()

@@ -25,7 +25,8 @@ class Tally:
         """It was survived, and this was said; paths and numbers are left out, so that equal sentences count as one."""
         self.survived += 1
         text = re.sub(r"(?<![\w'])\.?/[\w./-]*\w", "…", str(said).strip())
-        self.said[re.sub(r"'[^']*'|\b[0-9a-f]{12,}\b|\d+(\.\d+)?", "#", text)[:150]] += 1
+        text = re.sub(r"\(.*\)", "(…)", re.sub(r"`[^`]*`", "`…`", text))
+        self.said[re.sub(r"'[^']*'|\b[0-9a-f]{12,}\b|(?<!-)\b\d+(\.\d+)?", "#", text)[:120]] += 1
 
 
 TALLIES = pytest.StashKey[dict[str, Tally]]()
