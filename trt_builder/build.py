@@ -102,7 +102,9 @@ class BuildLog:
         """Take one message."""
         if message.startswith("Layers:\n"):
             self.layers = message
-        if severity == "VERBOSE" or self.full or self.file.closed:  # closed after Ctrl-C, when TensorRT has not ended yet
+        if (
+            severity == "VERBOSE" or self.full or self.file.closed
+        ):  # closed after Ctrl-C, when TensorRT has not ended yet
             return
         self.warnings += severity == "WARNING"
         if severity in ("ERROR", "INTERNAL_ERROR"):

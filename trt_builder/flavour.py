@@ -243,7 +243,7 @@ class Flavour:
         return config
 
     def take_timing_cache(self, config: Any, content: bytes) -> None:
-        """Give a configuration a timing cache, an empty one where `content` is damaged or of another GPU or TensorRT."""
+        """Give a configuration a timing cache, an empty one where this one is damaged or of another GPU or TensorRT."""
         cache = config.create_timing_cache(content)
         if cache is None or not config.set_timing_cache(cache, False):
             log.warning("The timing cache is damaged or of another GPU or TensorRT: a new one is begun.")

@@ -1,4 +1,4 @@
-"""Builds that are killed, run out of disk or meet another build: nothing half-made is ever loaded, the next completes."""
+"""Builds that are killed, run out of disk or meet another: nothing half-made is ever loaded, the next completes."""
 
 import os
 import random
@@ -171,7 +171,9 @@ def full_disk(output: Path, one, make_room, **more) -> None:
     _, err = process.communicate(timeout=120)
     said = err.splitlines()[-1]
     assert process.returncode == 2 and err.count("\n") <= 3, err  # the stages that were begun, and the sentence
-    assert said.startswith(f"trt_builder: {output}/") and said.endswith((": No space left on device.", ": File too large.")), err
+    assert said.startswith(f"trt_builder: {output}/") and said.endswith(
+        (": No space left on device.", ": File too large.")
+    ), err
     assert not list(output.glob("*/.*.partial")), "what half a file takes is missing to others"
     vouched(output / NAME)
     make_room()
