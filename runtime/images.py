@@ -54,10 +54,11 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             start = file.read(16)  # enough to leave a large file that is no picture unread
-            data = start + file.read(MAX_BYTES) if _reader(start) else start
+            large = os.fstat(file.fileno()).st_size > MAX_BYTES
+            data = start + file.read() if _reader(start) and not large else start
     except OSError as error:
         raise ImageError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from error
-    if len(data) > MAX_BYTES:
+    if large:
         raise ImageError(f"{os.fspath(path)} has more than {MAX_BYTES // 10**6} MB: take a smaller picture.")
     return decode_image(data, os.fspath(path))
 
