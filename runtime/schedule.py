@@ -186,8 +186,8 @@ def _load(path: Path) -> Schedule:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ScheduleError(f"{path}{line} is not valid YAML: {error.problem}.") from error
-    except yaml.YAMLError as error:
-        raise ScheduleError(f"{path} is not a YAML text file.") from error
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ScheduleError(f"{path} is not a YAML text file.") from error  # PyYAML lets through what its tags make
     if not isinstance(content, dict) or set(content) != {"name", "steps", "evaluate"}:
         raise ScheduleError(f"{path} must hold the three keys name, steps and evaluate, and no others.")
     name, steps, evaluate = content["name"], content["steps"], content["evaluate"]
