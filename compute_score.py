@@ -57,8 +57,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message} (see --help).")
 
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options of a command line; argparse itself takes "--steps=--" for an empty list."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word}: expected one argument")
+        return self.parse_args(words)
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Every option, with the competition's parameters as defaults."""
     make = Parser(
         prog="compute_score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -100,10 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0, 1 with --strict where a picture failed or is missing, 2 for bad input, 130 when stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown ends no run
     handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
-        options = parser().parse_args(argv)
+        options = parser().parse(argv)
         passed = score_only(options) if options.score_only or options.reference else benchmark(options)
     except KeyboardInterrupt:
         print("compute_score: stopped, and nothing was written.", file=sys.stderr)
@@ -347,7 +358,4 @@ def stop(*_: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     sys.exit(main())

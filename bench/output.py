@@ -70,7 +70,9 @@ def output_folder(output: Path) -> Iterator[Path]:
                 _replace_content(place, staging)
             else:
                 _replace_folder(place, staging, Path(temporary, "old"))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(output)  # as where the disk is full
         for folder in created:  # innermost first
             with suppress(OSError):  # never made, or by now in use by someone else
                 folder.rmdir()

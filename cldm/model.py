@@ -87,6 +87,7 @@ def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu")
     path = Path(ckpt_path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
+    weights: Any
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path, device=str(location))

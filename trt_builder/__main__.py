@@ -63,8 +63,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BuildError(f"{message} (see --help).")
 
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options of a command line; argparse itself takes "--steps=--" for an empty list."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word}: expected one argument")
+        return self.parse_args(words)
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Every command and option."""
     make = Parser(prog="trt_builder", description=__doc__, allow_abbrev=False)
     commands = make.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -122,11 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 where verify finds an output over its tolerance, 2 for bad input, 130 when stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown ends nothing
     handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     commands = {"build": build, "inspect": inspect, "verify": verify, "random-weights": write_weights}
     try:
-        options = parser().parse_args(argv)
+        options = parser().parse(argv)
         return commands[options.command](options)
     except KeyboardInterrupt:
         print("trt_builder: stopped; of a build, what was finished is kept and the next continues.", file=sys.stderr)
@@ -359,9 +370,6 @@ def stop(*_: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,10 +45,12 @@ runpy.run_module("trt_builder", run_name="__main__", alter_sys=True)
 """
 
 
-def start(*command: str, **more) -> subprocess.Popen[str]:
+def start(*command: str, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
     """A Python process in the repository."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    return subprocess.Popen([sys.executable, *command], **pipes, **more)
+    return subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        preexec_fn=before,
+    )  # fmt: skip
 
 
 def vouched(folder: Path) -> list[str]:
@@ -154,7 +156,7 @@ def test_a_file_that_may_not_grow_during_a_build(tmp_path, tally, most):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    full_disk(tmp_path, tally("files limited in size during a build (ulimit -f)"), lambda: None, preexec_fn=limit)
+    full_disk(tmp_path, tally("files limited in size during a build (ulimit -f)"), lambda: None, limit)
 
 
 def test_a_log_that_cannot_be_written_is_reported_once(tmp_path):
@@ -164,10 +166,10 @@ def test_a_log_that_cannot_be_written_is_reported_once(tmp_path):
     assert log.full and log.full.strerror == "No space left on device"
 
 
-def full_disk(output: Path, one, make_room, **more) -> None:
+def full_disk(output: Path, one, make_room, before: Callable[[], None] | None = None) -> None:
     """A build fails in one sentence, what it leaves is consistent, and the next one with room completes."""
     one.inject()
-    process = start("-c", NO_LOOK, *BUILD, *SHORT, "--output", str(output), **more)
+    process = start("-c", NO_LOOK, *BUILD, *SHORT, "--output", str(output), before=before)
     _, err = process.communicate(timeout=120)
     said = err.splitlines()[-1]
     assert process.returncode == 2 and err.count("\n") <= 3, err  # the stages that were begun, and the sentence

@@ -31,7 +31,7 @@ PLACES = st.sampled_from(["in", "in/a.png", "out", "absent", "", ".", "a\0b", "x
 # Without slashes, so that no file is written outside the working folder.
 WORDS = st.text(st.characters(codec=None, exclude_characters="/"), max_size=30).filter(lambda text: ".." not in text)
 CALM = settings(
-    max_examples=300, derandomize=True, deadline=None,
+    max_examples=150, derandomize=True, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def command_lines(parser) -> st.SearchStrategy[list[str]]:
     """Lists of words, most of them options of this parser with values of every kind."""
     options = [option for action in parser._actions for option in action.option_strings]
     choices = [str(choice) for action in parser._actions for choice in action.choices or ()]
-    value = st.one_of(PLACES, NUMBERS, WORDS, st.sampled_from(["--", "-", *choices]))
+    value = st.one_of(PLACES, NUMBERS, WORDS, st.sampled_from(["--", "-", "=--", *choices]))
     pair = st.tuples(st.sampled_from(options), value).map(list)
     joined = st.tuples(st.sampled_from(options), value).map(lambda both: ["=".join(both)])
     return st.lists(st.one_of(pair, pair, joined, value.map(lambda one: [one])), max_size=6).map(lambda x: sum(x, []))
@@ -61,7 +61,8 @@ def check_ends_well(program, argv: list[str], here: Path, tally) -> None:
     """Run a program in a fresh working folder: it ends with a status, and where that is not 0 with one sentence."""
     one = tally(f"a random command line of {program.__module__}")
     one.inject()
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
+    status: str | int | None = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         for path in here.iterdir():
             Path(folder, path.name).symlink_to(path)
@@ -117,7 +118,7 @@ def test_any_command_line_of_compute_score(argv, here, tally):
         check_ends_well(compute_score.main, argv, here, tally)
 
 
-COMMANDS = builder.parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+COMMANDS: dict = builder.parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr, assignment]
 
 
 @pytest.mark.filterwarnings("ignore")
