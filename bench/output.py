@@ -41,7 +41,7 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
 def _is_earlier_run(folder: Path) -> bool:
     try:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("made_by") == MADE_BY
 

@@ -78,7 +78,7 @@ def test_a_mounted_folder_is_filled_in_place(monkeypatch):
     assert files() == ["volume/candidate/b", "volume/results.json"] and os.listdir() == ["volume"]
 
 
-@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', "[]", "{"])
+@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', "[]", "{", "[" * 100_000])
 def test_results_of_another_program_are_not_replaced(content):
     Path("score").mkdir()
     Path("score/results.json").write_text(content)

@@ -126,7 +126,7 @@ def read_report(folder: Path, stage: str) -> Report | None:
         return Report(**tensors, layers=layers, softmaxes=int(content["softmaxes"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(f"{path} is damaged ({error}): delete it and the plan, and build again.") from None
 
 
