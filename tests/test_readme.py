@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "models/tiny/README.md", "pictures/README.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -25,6 +26,6 @@ def test_what_ci_installs_is_pinned_by_hash_and_from_nowhere_in_particular() -> 
 
 
 def test_every_file_that_is_linked_exists() -> None:
-    for page in (ROOT / "README.md", ROOT / "models/tiny/README.md", ROOT / "pictures/README.md"):
+    for page in (ROOT / "README.md", *(ROOT / name for name in PAGES)):
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).is_file(), f"{page.name}: {link}"
