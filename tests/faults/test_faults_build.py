@@ -71,8 +71,9 @@ def completes(output: Path, *options: str) -> str:
     assert main([*BUILD, *options, "--output", str(output)]) == 0
     assert not list((output / NAME).glob(".*.partial"))
     after = vouched(output / NAME)
-    assert set(after) == {path.stem for path in (output / NAME).glob("*.plan")} and len(after) == 2 if options else 8
-    return f"{len(before)} of {len(after)} plans kept, the rest built"
+    assert set(after) == {path.stem for path in (output / NAME).glob("*.plan")} and len(after) == (2 if options else 8)
+    assert set(before) <= set(after)
+    return "nothing: the next build kept " + ("some" if before else "no") + " plans and built the others"
 
 
 def killed_at(output: Path, count: int) -> int:
@@ -82,7 +83,7 @@ def killed_at(output: Path, count: int) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 9, 13, 17])
+@pytest.mark.parametrize("count", [2, 9, 17])
 def test_killed_between_two_operations(tmp_path, tally, count):
     one = tally("kill -9 of a build between two file operations")
     one.inject()
@@ -104,7 +105,7 @@ def test_killed_between_any_two_operations(tmp_path, tally):
 
 
 def test_killed_at_some_moments(tmp_path, tally):
-    kill_at_moments(tmp_path, tally, 2)
+    kill_at_moments(tmp_path, tally, 1)
 
 
 @pytest.mark.slow
@@ -140,7 +141,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("kilobytes", [4, 8, 12, 292, 300, 308, 3000, 3100])
+@pytest.mark.parametrize("kilobytes", [4, 12, 292, 308, 3000])
 def test_a_disk_that_fills_up_during_a_build(small_disk, tally, kilobytes):
     resize(small_disk, f"{kilobytes}k")
     full_disk(small_disk, tally("disk full during a build"), lambda: resize(small_disk, "200m"))
