@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import tempfile
 from pathlib import Path
 
@@ -66,7 +65,8 @@ def check_ends_well(program, argv: list[str], here: Path, tally) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         for path in here.iterdir():
             Path(folder, path.name).symlink_to(path)
-        with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else _chdir(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
             try:
                 status = program(argv)
             except SystemExit as stopped:
@@ -78,16 +78,6 @@ def check_ends_well(program, argv: list[str], here: Path, tally) -> None:
         one.survive(lines[0])
     else:
         one.survive(f"it did what it was told (status {status})")
-
-
-@contextlib.contextmanager
-def _chdir(folder: str):
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 class Quick:
