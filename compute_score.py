@@ -195,7 +195,7 @@ def benchmark(options: argparse.Namespace) -> bool:
     try:
         with ignoring_signals() as ignore, output_folder(options.output) as folder:
             with progress(total) as tell:
-                found, columns = measure(inputs, reference, candidates, arguments, inception, folder, tell)
+                found, columns, stopped = measure(inputs, reference, candidates, arguments, inception, folder, tell)
             ignore()  # from here on stopping would lose every picture, to win a second or two
             results = next(iter(found.values()))
             facts |= {"interrupted": len(results) < len(inputs), "asked": len(inputs)}
@@ -215,6 +215,8 @@ def benchmark(options: argparse.Namespace) -> bool:
         show(options, results, summaries["candidate"])
     if facts["interrupted"]:
         made = f"{len(results)} of {len(inputs)} pictures"
+        if isinstance(stopped, EngineError):
+            raise EngineError(f"{sentence(stopped)} {made} were finished before; they are in {options.output}.")
         raise Interrupted(f"stopped after {made}; they are in {options.output}, and {RESULTS} says so.")
     return not any(summary["failed"] for summary in summaries.values())
 

@@ -15,6 +15,7 @@ from bench.figures import MOST, SheetColumn
 from bench.perceptual import InceptionFeatures, pd_score
 from bench.report import PictureResult, short_path
 from runtime.images import canny_hint, read_image, resize_image, write_image
+from runtime.manifest import EngineError
 
 Image = NDArray[np.uint8]  # (H, W, 3) RGB
 Tell = Callable[[str, int], None]  # what is being done, and how many pictures were made since the last call
@@ -67,12 +68,13 @@ def measure(
     inception: InceptionFeatures,
     folder: Path,
     tell: Tell,
-) -> tuple[dict[str, list[PictureResult]], list[SheetColumn]]:
+) -> tuple[dict[str, list[PictureResult]], list[SheetColumn], BaseException | None]:
     """Time and score every picture; they are written to reference/ and, by their names, the candidates' folders.
 
     arguments: those of `process` but the picture. The first picture of each size is made once more, before it is
     timed, to warm up. Returns each candidate's results, and the columns of the contact sheet for the first of them.
-    A KeyboardInterrupt ends it with the results so far and only their files, and is raised where there are none.
+    A KeyboardInterrupt or an EngineError (a GPU that fails) ends it with the results so far and only their files, and
+    is returned with them; it is raised where there are none.
     Raises OSError or ValueError where a picture cannot be written.
     """
     pipelines = {"reference": reference, **candidates}
@@ -80,20 +82,22 @@ def measure(
         (folder / role).mkdir()
     found: list[dict[str, PictureResult]] = []
     columns: list[SheetColumn] = []
+    stopped: BaseException | None = None
     try:
         for results, column in _measured(inputs, pipelines, arguments, inception, folder, tell):
             if len(columns) < MOST:
                 columns.append(column)
             found.append(results)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EngineError) as error:
         if not found:
             raise
+        stopped = error
         every = [result for results in found for result in results.values()]
         finished = {name for result in every for name in result.reference_files + result.candidate_files}
         for file in [path for role in pipelines for path in (folder / role).iterdir()]:
             if file.relative_to(folder).as_posix() not in finished:
                 file.unlink()
-    return {name: [results[name] for results in found] for name in candidates}, columns[: len(found)]
+    return {name: [results[name] for results in found] for name in candidates}, columns[: len(found)], stopped
 
 
 def _measured(

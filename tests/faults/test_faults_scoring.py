@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 
 import compute_score  # noqa: E402
 from runtime.images import read_image, write_image  # noqa: E402
+from runtime.manifest import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 6
@@ -104,6 +105,21 @@ def test_a_stopped_run_keeps_what_is_finished(run, tally, sent, at):
     assert status == 130 and made == (at - 3) // 2, "those that were finished when the signal came"
     assert err == f"compute_score: stopped after {made} of 6 pictures; they are in score, and results.json says so.\n"
     assert sorted(os.listdir()) == ["in", "score"]
+    one.survive(err)
+
+
+@pytest.mark.parametrize("at", [5, 8, CALLS])
+def test_a_gpu_that_fails_in_the_middle_leaves_what_is_finished(run, tally, at):
+    def fail() -> None:
+        raise EngineError("the GPU failed in a picture, and the pipeline is closed: an illegal address.")
+
+    one = tally("a GPU that fails in the middle of a run")
+    one.inject()
+    status, err = run(at=at, action=fail)
+    made = check_whole(Path("score"), interrupted=True)
+    assert status == 2 and made == (at - 3) // 2
+    said = f"an illegal address. {made} of 6 pictures were finished before; they are in score.\n"
+    assert err.startswith("compute_score: the GPU failed") and err.endswith(said)
     one.survive(err)
 
 
