@@ -1,8 +1,8 @@
 """Compile the TensorRT plugins, or say what there is.
 
-  python -m plugins build                                        for the TensorRT and the GPU of this machine
-  python -m plugins build --flavour 8.6 --arch 90 --include DIR  with TensorRT's headers from DIR
-  python -m plugins list
+python -m plugins build                                        for the TensorRT and the GPU of this machine
+python -m plugins build --flavour 8.6 --arch 90 --include DIR  with TensorRT's headers from DIR
+python -m plugins list
 """
 
 from __future__ import annotations

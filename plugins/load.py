@@ -16,6 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 LIB = FOLDER / "lib"
 SOURCES = ("CMakeLists.txt", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
 GROUP_NORM, VERSION = "CannyGroupNorm", "1"  # the plugin's name and version in TensorRT's registry
+FIELDS_VERSION = 1  # of the plugin's fields, which the library checks
 
 
 class PluginError(ValueError):
@@ -90,7 +91,7 @@ def load(trt: Any, folder: Path = LIB) -> Library:
     library = find(trt.__version__, folder)
     if library.path in _loaded:
         if _loaded[library.path] != library.sha256:
-            raise PluginError(f"the plugins {library.path} were built anew since this process loaded them: start again.")
+            raise PluginError(f"the plugins {library.path} were built anew since they were loaded: start again.")
         return library
     if not trt.get_plugin_registry().load_library(str(library.path)):
         what = f"TensorRT {trt.__version__} does not take the plugins {library.path}"

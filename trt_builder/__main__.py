@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from rich.logging import RichHandler
 
+from plugins.load import require
 from runtime.engine import Engine, gpu
 from runtime.manifest import EngineError, Manifest, StagePlan, folder_name
 from trt_builder import build as building
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--attention", choices=("fused", "plain"), default="fused", help="(%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
-    add("--group-norm", choices=("auto", "plugin", "native"), default="auto", help="(%(default)s)")
+    add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser("inspect", help="what is inside the engines", allow_abbrev=False).add_argument
@@ -164,6 +165,7 @@ def build(options: argparse.Namespace) -> int:
         capability=capability,
         targets=targets,
         options=switches.as_dict(),
+        plugins=flavour.load_plugins(switches),
         folder=options.output / folder_name(wanted.model, shape.height, shape.width, shape.samples, switches.precision),
     )
     show = Bar(stages)
@@ -283,12 +285,13 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def ready(manifest: Manifest) -> Flavour:
-    """The flavour of an engine folder, once it is sure that its engines run here; else EngineError or FlavourError."""
+    """The flavour of an engine folder, once it is sure that its engines run here; else a ValueError."""
     here = gpu()
     if here is None:
         raise EngineError(f"{manifest.flavour} runs engines on an NVIDIA GPU only, and cuda-python sees none here.")
     flavour = get_flavour(manifest.flavour)
     manifest.check(flavour.name, flavour.trt.__version__, here.name, here.capability)
+    require(manifest.plugins, flavour.trt)
     return flavour
 
 

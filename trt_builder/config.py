@@ -346,14 +346,15 @@ class Options:
     attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax.
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
-    group_norm: "plugin", "native" (TensorRT's normalisation layer), or "auto": the plugin where it can be had.
+    group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
+        the built-in plugin where it can be had, else the layer.
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"
     attention: Literal["fused", "plain"] = "fused"
     qkv: Literal["joined", "apart"] = "joined"
     shared_prefix: bool = True
-    group_norm: Literal["auto", "plugin", "native"] = "auto"
+    group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in _allowed():
@@ -370,4 +371,4 @@ def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "attention", ("fused", "plain")
     yield "qkv", ("joined", "apart")
     yield "shared_prefix", (True, False)
-    yield "group_norm", ("auto", "plugin", "native")
+    yield "group_norm", ("auto", "own", "builtin", "native")

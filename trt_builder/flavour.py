@@ -7,7 +7,7 @@ Not proved, for want of a machine that runs it, on TensorRT 10 and 11:
   - that the strongly typed networks build: they are those of TensorRT-RTX, and the API has the same names;
   - that attention at 40, 80 and 160 channels a head becomes one kernel, as it does on TensorRT-RTX;
   - the accuracy of half-precision normalisation where `add_normalization` takes half and no precision can be set;
-  - the GroupNorm plugin, which the older form of the API (V2) holds: from 11 on only V3 is left;
+  - our GroupNorm plugin, in either form of the API (V2 in 8.6, V3 from 10 on);
   - the timing cache and the progress monitor.
 """
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plugins.load import FIELDS_VERSION, GROUP_NORM, VERSION, load
 from trt_builder.config import Options
 
 if TYPE_CHECKING:
@@ -36,13 +37,20 @@ MODULES = ("tensorrt", "tensorrt_rtx")
 BUILT_IN_CHANNELS = frozenset((128, 256, 320, 512, 640, 960, 1280, 1920, 2560))
 BUILT_IN_ROWS = 32
 
-GroupNormPlugin = Callable[
-    ["tensorrt.INetworkDefinition", Sequence["tensorrt.ITensor"], str, float, bool], "tensorrt.ILayer"
-]
-
 
 class FlavourError(ValueError):
     """A flavour that is not installed, or cannot do what is asked; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class GroupNormPlugin:
+    """A GroupNorm(+SiLU) plugin.
+
+    add: takes network, inputs (x, scale, bias and, where it `takes_row`, a row), name, groups, epsilon, SiLU or not.
+    """
+
+    add: Callable[..., tensorrt.ILayer]
+    takes_row: bool
 
 
 @dataclass(frozen=True)
@@ -138,22 +146,38 @@ class Flavour:
         return layer
 
     def group_norm_plugin(self, channels: int, rows: int, options: Options) -> GroupNormPlugin | None:
-        """How to add the GroupNorm(+SiLU) plugin over inputs x, scale, bias; None where TensorRT's own layer serves.
+        """The GroupNorm(+SiLU) plugin for this many channels and rows; None where TensorRT's own layer serves.
 
-        Raises FlavourError where the plugin is demanded and cannot be had.
+        Raises FlavourError where a plugin is demanded and cannot be had.
         """
         if options.group_norm == "native":
             return None
-        reason = self._no_plugin(channels, rows, options)
+        if options.group_norm == "own":
+            if self.rtx or self._creator(GROUP_NORM, VERSION) is None:
+                why = "TensorRT-RTX takes no plugins" if self.rtx else "it was not loaded"
+                raise FlavourError(f"there is no GroupNorm plugin of our own: {why}; use the option group_norm=auto")
+            return GroupNormPlugin(self._add_own, takes_row=True)
+        reason = self._no_built_in(channels, rows, options)
         if reason is None:
-            return self._add_built_in
-        if options.group_norm == "plugin":
-            raise FlavourError(f"there is no GroupNorm plugin: {reason}; use the option group_norm=auto or native")
+            return GroupNormPlugin(self._add_built_in, takes_row=False)
+        if options.group_norm == "builtin":
+            raise FlavourError(f"there is no built-in GroupNorm: {reason}; use the option group_norm=auto or native")
         if not self.rtx:
             _say_once(f"GroupNorm is TensorRT's own layer here: {reason}")
         return None
 
-    def _no_plugin(self, channels: int, rows: int, options: Options) -> str | None:
+    def load_plugins(self, options: Options) -> dict[str, str]:
+        """Load the plugins that networks of these options need; returns their names with the SHA-256 of their sources.
+
+        Raises FlavourError or PluginError where they cannot be had.
+        """
+        if options.group_norm != "own":
+            return {}
+        if self.rtx:
+            raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm")
+        return {GROUP_NORM: load(self.trt).source}
+
+    def _no_built_in(self, channels: int, rows: int, options: Options) -> str | None:
         if self.rtx:
             return "TensorRT-RTX takes no plugins"
         if self._built_in() is None:
@@ -170,23 +194,48 @@ class Flavour:
         if self.strongly_typed:  # its V2 interface has no place in the newer API
             return None
         self.trt.init_libnvinfer_plugins(None, "")
-        return self.trt.get_plugin_registry().get_plugin_creator("GroupNorm", "1", "")
+        return self._creator("GroupNorm", "1")
+
+    def _creator(self, name: str, version: str) -> Any:
+        registry = self.trt.get_plugin_registry()
+        return (registry.get_creator if self.strongly_typed else registry.get_plugin_creator)(name, version, "")
 
     def _add_built_in(
         self,
         network: tensorrt.INetworkDefinition,
         inputs: Sequence[tensorrt.ITensor],
         name: str,
+        groups: int,
         epsilon: float,
         silu: bool,
     ) -> tensorrt.ILayer:
-        trt_, kinds = self.trt, self.trt.PluginFieldType
+        trt_, kinds = self.trt, self.trt.PluginFieldType  # it knows 32 groups only
         fields = [
             trt_.PluginField("epsilon", np.array([epsilon], np.float32), kinds.FLOAT32),
             trt_.PluginField("bSwish", np.array([silu], np.int32), kinds.INT32),
         ]
         plugin = self._built_in().create_plugin(name, trt_.PluginFieldCollection(fields))
         return network.add_plugin_v2(list(inputs), plugin)
+
+    def _add_own(
+        self,
+        network: tensorrt.INetworkDefinition,
+        inputs: Sequence[tensorrt.ITensor],
+        name: str,
+        groups: int,
+        epsilon: float,
+        silu: bool,
+    ) -> tensorrt.ILayer:
+        trt_, kinds = self.trt, self.trt.PluginFieldType
+        numbers = {"version": FIELDS_VERSION, "groups": groups, "silu": int(silu), "row": int(len(inputs) > 3)}
+        fields = [trt_.PluginField(key, np.array([value], np.int32), kinds.INT32) for key, value in numbers.items()]
+        fields.append(trt_.PluginField("epsilon", np.array([epsilon], np.float32), kinds.FLOAT32))
+        collection = trt_.PluginFieldCollection(fields)
+        creator = self._creator(GROUP_NORM, VERSION)
+        if not self.strongly_typed:
+            return network.add_plugin_v2(list(inputs), creator.create_plugin(name, collection))
+        plugin = creator.create_plugin(name, collection, trt_.TensorRTPhase.BUILD)
+        return network.add_plugin_v3(list(inputs), [], plugin)
 
     # -- driving a builder --------------------------------------------------------------------------------------------
 

@@ -246,15 +246,24 @@ def layer_norm(net: Net, x: trt.ITensor, eps: float = 1e-5) -> trt.ITensor:
     return net.add(layer)
 
 
-def group_norm(net: Net, x: trt.ITensor, eps: float = 1e-5, with_silu: bool = False, groups: int = 32) -> trt.ITensor:
-    """GroupNorm of x (B, C, h, w) (Wu & He 2018), followed by SiLU or not: one plugin, or TensorRT's own layers."""
-    rows, channels = x.shape[0], x.shape[1]
-    add_plugin = net.flavour.group_norm_plugin(channels, rows, net.options)
-    if add_plugin:
+def group_norm(
+    net: Net, x: trt.ITensor, eps: float = 1e-5, with_silu: bool = False, groups: int = 32,
+    row: trt.ITensor | None = None,
+) -> trt.ITensor:  # fmt: skip
+    """GroupNorm of x (B, C, h, w), to which a row (1, C) is added first, followed by SiLU or not (Wu & He 2018).
+
+    One plugin, or TensorRT's own layers.
+    """
+    channels = x.shape[1]
+    plugin = net.flavour.group_norm_plugin(channels, x.shape[0], net.options)
+    if row is not None and not (plugin and plugin.takes_row):
+        x, row = add(net, x, reshape(net, row, (1, channels, 1, 1), what="row"), "add_row"), None
+    if plugin:
         exact = net.float32()
         scale = exact.constant(exact.weight(), (channels,), "weight")
         bias = exact.constant(exact.weight("bias"), (channels,), "bias")
-        return net.add(add_plugin(net.network, [x, scale, bias], "/".join(net.path), eps, with_silu))
+        inputs = [x, scale, bias] if row is None else [x, scale, bias, row]
+        return net.add(plugin.add(net.network, inputs, "/".join(net.path), groups, eps, with_silu))
     per_channel = net.flavour.normalization == "add_normalization_v2"
     scale = net.constant(net.weight(), (1, channels, 1, 1), "weight")
     bias = net.constant(net.weight("bias"), (1, channels, 1, 1), "bias")

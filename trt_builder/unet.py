@@ -34,8 +34,7 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     """Two GroupNorm-SiLU-convolutions with the time row (1, D) added between them: (B, C, h, w) → (B, D, h, w)."""
     h = group_norm(net.at("in_layers.0"), x, with_silu=True)
     h = conv(net.at("in_layers.2"), h)
-    h = add(net, h, reshape(net, row, (1, row.shape[1], 1, 1), what="row"), "add_row")
-    h = group_norm(net.at("out_layers.0"), h, with_silu=True)
+    h = group_norm(net.at("out_layers.0"), h, with_silu=True, row=row)
     h = conv(net.at("out_layers.3"), h)
     skip = net.at("skip_connection")
     return add(net, conv(skip, x) if skip.has("weight") else x, h)
