@@ -120,8 +120,35 @@ inline void resume(Fiber& fiber) {
     }
 }
 
-// Run the fibers of one cluster to their end.
-inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& order, std::mt19937* shuffle) {
+inline bool can_move(const Fiber& fiber) {
+    return !fiber.done && !(fiber.waits && fiber.waits->generation == fiber.generation);
+}
+
+// Resume once each of `count` threads of a cluster that can go on, `order` naming them; how many did.
+inline int sweep(const int* order, int count) {
+    int moved = 0;
+    for (int i = 0; i < count; i++) {
+        Fiber& fiber = *fibers[order[i]];
+        if (can_move(fiber)) resume(fiber), moved++;
+    }
+    return moved;
+}
+
+// Let every block, and in it every warp, run as far ahead of the others as barriers allow; whether any moved.
+inline bool run_ahead(const std::vector<int>& order, int threads) {
+    bool moved = false;
+    for (size_t block = 0; block < order.size(); block += threads) {
+        for (bool again = true; again;) {
+            again = false;
+            for (int warp = 0; warp < threads; warp += 32)
+                while (sweep(order.data() + block + warp, 32)) again = moved = true;
+        }
+    }
+    return moved;
+}
+
+// Run the threads of one cluster to their end: in this order, or with `random` in one that changes all the time.
+inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& order, std::mt19937* random) {
     cluster = {size * threads, 0, 0};
     for (int b = 0; b < size; b++) {
         Block& block = blocks[b];
@@ -137,24 +164,18 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
             fiber.waits = nullptr;
         }
     }
-    for (size_t left = order.size(); left > 0;) {
-        bool moved = false;
-        if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
-        for (int i : order) {
-            Fiber& fiber = *fibers[i];
-            if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) continue;
-            resume(fiber);
-            moved = true;
-            left -= fiber.done;
-        }
-        if (!moved) throw std::runtime_error("a barrier was not reached by all threads");
+    for (bool moved = true; moved;) {
+        if (random) std::shuffle(order.begin(), order.end(), *random);
+        moved = random ? sweep(order.data(), int(order.size())) > 0 : run_ahead(order, threads);
     }
+    for (int i : order)
+        if (!fibers[i]->done) throw std::runtime_error("a barrier was not reached by all threads");
     for (int b = 0; b < size; b++)
         for (size_t i = shared; i < shared + kGuard; i++)
             if (blocks[b].shared[i] != 0xff) throw std::runtime_error("a write beyond the shared memory");
 }
 
-// Run a kernel of one argument. order: 0 threads by number, 1 last first, more: at random, with this seed.
+// Run a kernel of one argument. order: 0 the first thread runs ahead, 1 the last, more: at random, with this seed.
 template <typename P>
 void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t shared, const P& params, int order) {
     struct Call {
