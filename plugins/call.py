@@ -26,6 +26,7 @@ class CannyGroupNorm(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("max_cluster", ctypes.c_int32),
         ("force", ctypes.c_int32),
+        ("overlap", ctypes.c_int32),
     ]
 
 
@@ -113,12 +114,15 @@ class GroupNorm:
         """y (B, C, h, w) of what lies in memory."""
         return stored[..., : self.channels].transpose(0, 3, 1, 2) if self.channels_last else stored
 
-    def call(self, max_cluster: int, force: int = 0) -> CannyGroupNorm:
-        """The call, without addresses. `force`: 0 chooses, N is one launch of clusters of N, -1 two launches."""
+    def call(self, max_cluster: int, force: int = 0, overlap: bool = False) -> CannyGroupNorm:
+        """The call, without addresses.
+
+        force: 0 chooses, N is one launch of clusters of N, -1 two launches. overlap: it may start before its turn.
+        """
         return CannyGroupNorm(
             batch=self.batch, channels=self.channels, positions=self.height * self.width, groups=self.groups,
             row_batch=self.row_batch, half=self.half, channels_last=self.channels_last, silu=self.silu,
-            epsilon=self.epsilon, max_cluster=max_cluster, force=force,
+            epsilon=self.epsilon, max_cluster=max_cluster, force=force, overlap=overlap,
         )  # fmt: skip
 
 
@@ -146,19 +150,20 @@ def plan(library: Any, call: CannyGroupNorm) -> Plan:
 
 
 class OnGpu:
-    """A GroupNorm whose arrays lie on the GPU; `launch` as often as you like, and `result`. Use it in a `with` block."""
+    """A GroupNorm whose arrays lie on the GPU until its `with` block ends; `launch` it as often as you like."""
 
-    def __init__(self, library: Any, norm: GroupNorm, arrays: dict[str, np.ndarray], force: int = 0) -> None:
+    def __init__(
+        self, library: Any, norm: GroupNorm, arrays: dict[str, np.ndarray], force: int = 0, overlap: bool = False
+    ) -> None:
         self.norm, self._library, self._cuda = norm, library, cuda_runtime()
         check(self._cuda.cudaFree(0))  # so that there is a context before the library asks for the GPU
-        self.call = norm.call(library.canny_max_cluster(), force)
+        self.call = norm.call(library.canny_max_cluster(), force, overlap)
         self._held: list[int] = []
         stored = {name: norm.pack(array) if name == "x" else array for name, array in arrays.items()}
         for name, array in (stored | {"y": np.full_like(stored["x"], np.nan)}).items():
             self._put(name, np.ascontiguousarray(array))
-        self._put(
-            "workspace", np.full(int(library.canny_group_norm_workspace(ctypes.byref(self.call))) + 16, 255, np.uint8)
-        )
+        size = int(library.canny_group_norm_workspace(ctypes.byref(self.call)))
+        self._put("workspace", np.full(size + 16, 255, np.uint8))
 
     def _put(self, name: str, array: np.ndarray) -> None:
         address = int(check(self._cuda.cudaMalloc(array.nbytes)))

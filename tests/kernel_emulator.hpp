@@ -37,6 +37,7 @@ struct alignas(8) float2 {
     float x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -224,6 +225,8 @@ inline void cluster_arrive() {
 }
 
 inline void cluster_wait() { emulator::wait(emulator::cluster, emulator::current->cluster_generation); }
+
+inline void wait_for_previous() {}
 
 inline float cluster_read(const float* mine, int rank) {
     size_t offset = reinterpret_cast<const char*>(mine) - shared_memory();

@@ -17,6 +17,7 @@ struct CannyGroupNorm {
     float epsilon;
     int32_t max_cluster;  // 8 from compute capability 9.0 on, 1 before
     int32_t force;        // as `make_plan` takes it; 0
+    int32_t overlap;      // whether it may start while the kernel before it ends, from compute capability 9.0 on
 };
 
 namespace canny {

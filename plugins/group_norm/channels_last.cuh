@@ -17,12 +17,12 @@ struct Thread {
 
     __device__ __forceinline__ explicit Thread(const Params& params) : p(params) {
         const Plan& plan = p.plan;
-        column = threadIdx.x % plan.columns;
-        lane = threadIdx.x / plan.columns;
+        lane = divide(threadIdx.x, plan.by_columns);
+        column = threadIdx.x - lane * plan.columns;
         channel = blockIdx.y * plan.tile + column * kWidth;
         per_group = p.channels / p.groups;
         tile_groups = min(plan.tile_groups, p.groups - int32_t(blockIdx.y) * plan.tile_groups);
-        first_group = column * kWidth / per_group;                    // of the vector, counted in the tile
+        first_group = divide(column * kWidth, plan.by_group);          // of the vector, counted in the tile
         cut = (first_group + 1) * per_group - column * kWidth;        // its channels from here on are of the next group
         wide = lane < plan.lanes ? min(kWidth, p.channels - channel) : 0;  // channels that there are; the rest is padding
         begin = blockIdx.x * plan.slice;
@@ -119,7 +119,7 @@ struct Thread {
                 bool here = s == 0 || cut < wide;
                 if (here) shared.slots[j * plan.slots + (column - first_column(j)) * plan.lanes + lane] = records[s];
             } else if (s < wide) {
-                int32_t j = (column * kWidth + s) / per_group, which = column * kWidth + s - j * per_group;
+                int32_t j = divide(column * kWidth + s, plan.by_group), which = column * kWidth + s - j * per_group;
                 shared.slots[j * plan.slots + which * plan.lanes + lane] = records[s];
             }
         }
@@ -140,7 +140,7 @@ struct Thread {
 #pragma unroll
         for (int c = 0; c < kWidth; c++) {
             if (c >= wide) continue;  // both are zero, and so will be the padding
-            int32_t j = kSegments == 2 ? first_group + (c >= cut) : (column * kWidth + c) / per_group;
+            int32_t j = kSegments == 2 ? first_group + (c >= cut) : divide(column * kWidth + c, p.plan.by_group);
             float2 norm = shared.norms[j];
             scale.value[c] *= norm.y;
             shift.value[c] += (to_float(row.value[c]) - norm.x) * scale.value[c];
@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
     Vector<T> data[V];
     Vector<T> row;
     Vector<float> scale, shift;
+    wait_for_previous();
     int32_t count = thread.load(data, 0);
     thread.load_row(row);
     Record records[kSegments];
@@ -190,12 +191,13 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
     }
     int32_t each = plan.warps_a_group;
     merge_norms(shared, thread.tile_groups, each * plan.slices, p.epsilon, [&](int32_t j, int32_t i) {
-        const Record* mine = shared.warps + j * each + i % each;
+        int32_t rank = divide(i, plan.by_warps);
+        const Record* mine = shared.warps + j * each + i - rank * each;
         if (plan.slices == 1) return *mine;
         Record theirs;
-        theirs.count = cluster_read(&mine->count, i / each);
-        theirs.mean = cluster_read(&mine->mean, i / each);
-        theirs.squares = cluster_read(&mine->squares, i / each);
+        theirs.count = cluster_read(&mine->count, rank);
+        theirs.mean = cluster_read(&mine->mean, rank);
+        theirs.squares = cluster_read(&mine->squares, rank);
         return theirs;
     });
     if (plan.slices > 1) cluster_arrive();
@@ -212,6 +214,7 @@ __global__ void __launch_bounds__(kThreads) statistics(const Params p) {
     Thread<T, kSegments> thread(p);
     Shared shared(plan);
     Vector<T> row;
+    wait_for_previous();
     thread.load_row(row);
     Record records[kSegments];
 #pragma unroll
@@ -245,6 +248,7 @@ __global__ void __launch_bounds__(kThreads) apply(const Params p) {
     Shared shared(plan);
     Vector<T> row;
     Vector<float> scale, shift;
+    wait_for_previous();
     thread.load_row(row);
     thread.load_channels(scale, p.gamma);
     thread.load_channels(shift, p.beta);

@@ -42,6 +42,13 @@ __device__ __forceinline__ float cluster_read(const float* mine, int rank) {
 #endif
 }
 
+// Wait for the kernel before this one in the stream, where this one was allowed to start before its end.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -63,6 +70,9 @@ __device__ __forceinline__ void from_float(float x, float& y) { y = x; }
 #endif
 
 namespace canny {
+
+// n / d for n, d below 8192, `by` being inverse(d): (2n + 1) / 2d is never near the next integer.
+__device__ __forceinline__ int32_t divide(int32_t n, uint32_t by) { return int32_t(__umulhi(2u * n + 1u, by)); }
 
 constexpr int kWidth = 8;  // channels (or positions) of one vector: 16 bytes in half precision, twice that in single
 

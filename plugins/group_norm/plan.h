@@ -1,4 +1,4 @@
-// How a GroupNorm of a given shape is cut into blocks: a function of the shape alone, so that results repeat bit for bit.
+// How a GroupNorm of a given shape is cut into blocks: a function of the shape alone, so that results repeat exactly.
 #pragma once
 
 #include <cstddef>
@@ -33,6 +33,7 @@ struct Plan {
     int32_t per_channel = 0;    // a vector spans more than two groups
     int32_t slots = 0;          // records of a group that a block's threads make
     int32_t warps_a_group = 0;  // that merge them
+    uint32_t by_columns = 0, by_group = 0, by_warps = 0;  // for `divide` by columns, channels of a group, warps of a group
     size_t shared = 0;          // bytes of shared memory of a block
     size_t workspace = 0;       // bytes
 };
@@ -43,6 +44,9 @@ constexpr int32_t kSlices = 128, kBlocks = 264;  // two launches: most slices, a
 constexpr int32_t kRecord = 3 * sizeof(float);   // count, mean, sum of squares about the mean
 
 constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+// What `divide` takes for a division by d.
+constexpr uint32_t inverse(uint32_t d) { return uint32_t(((uint64_t(1) << 32) + 2 * d - 1) / (2 * d)); }
 
 constexpr int32_t lcm8(int32_t a) { return a % 8 == 0 ? a : a % 4 == 0 ? 2 * a : a % 2 == 0 ? 4 * a : 8 * a; }
 
@@ -70,6 +74,9 @@ inline void set_block(Plan& plan, const Shape& shape) {
     plan.slots = plan.lanes * (plan.per_channel ? per_group : (per_group + 6) / 8 + 1);
     plan.warps_a_group = warps > plan.tile_groups ? warps / plan.tile_groups : 1;
     plan.shared = size_t(plan.tile_groups) * ((plan.slots + plan.warps_a_group) * kRecord + 2 * sizeof(float));
+    plan.by_columns = inverse(plan.columns);
+    plan.by_group = inverse(per_group);
+    plan.by_warps = inverse(plan.warps_a_group);
 }
 
 // The plan of one launch, of `slices` blocks in a cluster.
@@ -104,6 +111,7 @@ inline Plan plan_linear(const Shape& shape) {
     plan.tiles = shape.groups;
     plan.threads = plan.slots = kLinearThreads;
     plan.warps_a_group = plan.threads / 32;
+    plan.by_warps = inverse(plan.warps_a_group);
     plan.shared = (plan.slots + plan.warps_a_group) * kRecord + 2 * sizeof(float);
     return plan;
 }
@@ -116,7 +124,7 @@ inline Plan make_plan(const Shape& shape, int32_t max_cluster, int32_t force = 0
     Plan none;
     if (shape.batch < 1 || shape.channels < 1 || shape.positions < 1 || shape.groups < 1) return none;
     if (shape.channels % shape.groups || shape.batch > 65535 || shape.groups > 65535) return none;
-    if (int64_t(shape.channels + 8) * shape.positions > INT32_MAX) return none;  // of one sample; samples add up in 64 bits
+    if (int64_t(shape.channels + 8) * shape.positions > INT32_MAX) return none;  // of one sample
     if (!shape.channels_last) return plan_linear(shape);
     if (!shape.half && shape.channels % 8) return none;
     int32_t most = shape.half ? kBatchesHalf : kBatchesFloat;

@@ -66,9 +66,9 @@ template <typename Used>
 __device__ __forceinline__ void merge_slots(const Plan& plan, const Shared& shared, int32_t groups, Used used) {
     int32_t lane = threadIdx.x % 32, warps = blockDim.x / 32, each = plan.warps_a_group;
     for (int32_t w = threadIdx.x / 32; w < groups * each; w += warps) {
-        int32_t j = w / each, count = used(j);
+        int32_t j = divide(w, plan.by_warps), count = used(j);
         Record a = {};
-        for (int32_t i = w % each * 32 + lane; i < count; i += 32 * each) a = merge(a, shared.slots[j * plan.slots + i]);
+        for (int32_t i = (w - j * each) * 32 + lane; i < count; i += 32 * each) a = merge(a, shared.slots[j * plan.slots + i]);
         a = merge_warp(a);
         if (lane == 0) shared.warps[w] = a;
     }
