@@ -104,7 +104,7 @@ struct Thread {
             }
 #pragma unroll
             for (int s = 0; s < kSegments; s++)
-                if (in_segment(c, s)) found[s].squares += squares;
+                found[s].squares += in_segment(c, s) ? squares : 0.f;
         }
     }
 
@@ -137,13 +137,15 @@ struct Thread {
     // gamma and beta become the scale and the shift of y = x · scale + shift, the row being in the shift.
     __device__ __forceinline__ void coefficients(
         const Shared& shared, const Vector<T>& row, Vector<float>& scale, Vector<float>& shift) const {
+        int32_t last = p.plan.tile_groups - 1;
+        float2 first = shared.norms[first_group], next = shared.norms[min(first_group + 1, last)];
 #pragma unroll
         for (int c = 0; c < kWidth; c++) {
-            if (c >= wide) continue;  // both are zero, and so will be the padding
-            int32_t j = kSegments == 2 ? first_group + (c >= cut) : divide(column * kWidth + c, p.plan.by_group);
-            float2 norm = shared.norms[j];
+            float2 norm = c >= cut ? next : first;
+            if (kSegments > 2) norm = shared.norms[min(divide(column * kWidth + c, p.plan.by_group), last)];
             scale.value[c] *= norm.y;
             shift.value[c] += (to_float(row.value[c]) - norm.x) * scale.value[c];
+            if (c >= wide) scale.value[c] = shift.value[c] = 0.f;  // and so will be the padding
         }
     }
 
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
 
 // The first of two passes: a record of each group and slice.
 template <typename T, int V, int kSegments>
-__global__ void __launch_bounds__(kThreads) statistics(const Params p) {
+__global__ void __launch_bounds__(kThreads, kSegments == 2 ? 2 : 1) statistics(const Params p) {
     const Plan& plan = p.plan;
     Thread<T, kSegments> thread(p);
     Shared shared(plan);
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) statistics(const Params p) {
     thread.load_row(row);
     Record records[kSegments];
 #pragma unroll
-    for (int s = 0; s < kSegments; s++) records[s] = {};
+    for (int s = 0; s < kSegments; s++) records[s].count = records[s].mean = records[s].squares = 0.f;
     for (int32_t first = 0; first < plan.slice; first += V * plan.lanes) {
         Vector<T> data[V];
         Record found[kSegments];
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) statistics(const Params p) {
 
 // The second pass, last positions first: they are the likeliest to be in the L2 cache still.
 template <typename T, int V, int kSegments>
-__global__ void __launch_bounds__(kThreads) apply(const Params p) {
+__global__ void __launch_bounds__(kThreads, 2) apply(const Params p) {
     const Plan& plan = p.plan;
     Thread<T, kSegments> thread(p);
     Shared shared(plan);

@@ -21,8 +21,8 @@ bool run(const Params& p, dim3 grid, Launch&& launch) {
             if (plan.batches <= 4) return launch(one_launch<T, 4, 2>, grid, plan.slices, p);
             return launch(one_launch<T, kMost, 2>, grid, plan.slices, p);
         case Path::kTwoLaunches:
-            if (each) return launch(statistics<T, 4, 8>, grid, 1, p) && launch(apply<T, 4, 8>, grid, 1, p);
-            return launch(statistics<T, 4, 2>, grid, 1, p) && launch(apply<T, 4, 2>, grid, 1, p);
+            if (each) return launch(statistics<T, 2, 8>, grid, 1, p) && launch(apply<T, 4, 8>, grid, 1, p);
+            return launch(statistics<T, 2, 2>, grid, 1, p) && launch(apply<T, 4, 2>, grid, 1, p);
         case Path::kLinear: return launch(linear<T>, grid, 1, p);
         default: return false;
     }

@@ -97,13 +97,15 @@ __device__ __forceinline__ void silu_pair(float& u, float& v) {
 
 template <typename T>
 __device__ __forceinline__ void finish(Vector<T>& data, const float* scale, const float* shift, bool silu) {
+    float y[kWidth];
 #pragma unroll
-    for (int c = 0; c < kWidth; c += 2) {
-        float u = to_float(data.value[c]) * scale[c] + shift[c], v = to_float(data.value[c + 1]) * scale[c + 1] + shift[c + 1];
-        if (silu) silu_pair(u, v);
-        from_float(u, data.value[c]);
-        from_float(v, data.value[c + 1]);
+    for (int c = 0; c < kWidth; c++) y[c] = to_float(data.value[c]) * scale[c] + shift[c];
+    if (silu) {
+#pragma unroll
+        for (int c = 0; c < kWidth; c += 2) silu_pair(y[c], y[c + 1]);
     }
+#pragma unroll
+    for (int c = 0; c < kWidth; c++) from_float(y[c], data.value[c]);
 }
 
 }  // namespace canny
