@@ -1,8 +1,8 @@
 // Runs CUDA kernels on a CPU as they are written: each thread of a cluster is a fiber, which gives way at barriers.
 //
-// Only what plugins/ uses of CUDA is here. Shared memory begins as NaN and is guarded at its end; threads run in an order
-// of the caller's choice between two barriers, so that a missing barrier changes the result; a barrier that not every
-// thread reaches is an error.
+// Only what plugins/ uses of CUDA is here. Shared memory begins as NaN and is guarded at its end; threads run in an
+// order of the caller's choice between two barriers, so that a missing barrier changes the result; a barrier that not
+// every thread reaches is an error.
 #pragma once
 
 #include <setjmp.h>
@@ -113,8 +113,8 @@ inline void resume(Fiber& fiber) {
         if (fiber.started) _longjmp(fiber.at, 1);
         fiber.started = true;
         getcontext(&fiber.start);
-        fiber.start.uc_stack.ss_sp = mmap(
-            nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        fiber.start.uc_stack.ss_sp =
+            mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         fiber.start.uc_stack.ss_size = kStack;
         makecontext(&fiber.start, live, 0);
         setcontext(&fiber.start);

@@ -1,4 +1,5 @@
-// Calls the GroupNorm plugin as TensorRT does, without TensorRT and without a GPU; compiled with 8.6's headers or newer.
+// Calls the GroupNorm plugin as TensorRT does, without TensorRT and without a GPU; compiled with 8.6's headers or
+// newer.
 #include <dlfcn.h>
 
 #include <cmath>
@@ -11,10 +12,10 @@
 
 using namespace nvinfer1;
 
-#define MUST(condition)                                              \
-    if (!(condition)) {                                              \
+#define MUST(condition)                                             \
+    if (!(condition)) {                                             \
         std::printf("line %d: not so: %s\n", __LINE__, #condition); \
-        std::exit(1);                                                \
+        std::exit(1);                                               \
     }
 
 struct Logger : ILogger {
@@ -31,8 +32,8 @@ struct Given {
     int32_t version = 1, groups = 32, silu = 1, row = 1;
     float epsilon = 1e-5f;
     std::vector<PluginField> fields{
-        {"version", &version, PluginFieldType::kINT32, 1}, {"groups", &groups, PluginFieldType::kINT32, 1},
-        {"silu", &silu, PluginFieldType::kINT32, 1},       {"row", &row, PluginFieldType::kINT32, 1},
+        {"version", &version, PluginFieldType::kINT32, 1},   {"groups", &groups, PluginFieldType::kINT32, 1},
+        {"silu", &silu, PluginFieldType::kINT32, 1},         {"row", &row, PluginFieldType::kINT32, 1},
         {"epsilon", &epsilon, PluginFieldType::kFLOAT32, 1},
     };
     PluginFieldCollection all{};
@@ -179,7 +180,9 @@ int main(int, char** arguments) {
     };
     MUST(takes(half, last8) && takes(half, linear) && takes(single, last) && takes(single, linear));
     MUST(!takes(half, last) && !takes(single, last8) && !takes(DataType::kINT8, linear));
-    MUST(!takes(half, TensorFormat::kCHW2) && !takes(half, TensorFormat::kCHW16) && !takes(single, TensorFormat::kCHW32));
+    MUST(
+        !takes(half, TensorFormat::kCHW2) && !takes(half, TensorFormat::kCHW16) && !takes(single, TensorFormat::kCHW32)
+    );
     MUST(takes(half, last8));
     MUST(!build_side(*plugin).supportsFormatCombination(0, tensors.data(), 3, 1));  // it has a row
     describe(4, inner(tensors[4]).dims, half, linear);

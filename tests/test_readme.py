@@ -17,6 +17,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 
 def test_every_file_that_is_linked_exists() -> None:
-    for page in (ROOT / "README.md", ROOT / "models/tiny/README.md", ROOT / "pictures/README.md"):
+    for folder in (".", "models/tiny", "pictures", "plugins"):
+        page = ROOT / folder / "README.md"
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).is_file(), f"{page.name}: {link}"
+            assert (page.parent / link).is_file(), f"{folder}: {link}"

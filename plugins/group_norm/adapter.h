@@ -58,10 +58,8 @@ inline std::string read_fields(const nvinfer1::PluginFieldCollection* collection
         Type type;
         void* to;
     } known[] = {
-        {"version", Type::kINT32, &fields.version},
-        {"groups", Type::kINT32, &fields.groups},
-        {"epsilon", Type::kFLOAT32, &fields.epsilon},
-        {"silu", Type::kINT32, &fields.silu},
+        {"version", Type::kINT32, &fields.version},   {"groups", Type::kINT32, &fields.groups},
+        {"epsilon", Type::kFLOAT32, &fields.epsilon}, {"silu", Type::kINT32, &fields.silu},
         {"row", Type::kINT32, &fields.row},
     };
     bool seen[kFields] = {};
@@ -71,7 +69,8 @@ inline std::string read_fields(const nvinfer1::PluginFieldCollection* collection
         while (k < kFields && std::strcmp(known[k].name, field.name)) k++;
         if (k == kFields) return "it has no field " + std::string(field.name);
         if (field.type != known[k].type || field.length > 1 || !field.data || seen[k])
-            return "the field " + std::string(field.name) + " must be one number, given once: epsilon a float, others int32";
+            return "the field " + std::string(field.name) +
+                   " must be one number, given once: epsilon a float, others int32";
         std::memcpy(known[k].to, field.data, 4);
         seen[k] = true;
     }
@@ -98,7 +97,8 @@ struct Collection {
 
 // The call for x and, or null, row; without addresses.
 inline CannyGroupNorm call_of(
-    const Fields& fields, const nvinfer1::PluginTensorDesc& x, const nvinfer1::PluginTensorDesc* row) {
+    const Fields& fields, const nvinfer1::PluginTensorDesc& x, const nvinfer1::PluginTensorDesc* row
+) {
     CannyGroupNorm call{};
     call.batch = int32_t(x.dims.d[0]);
     call.channels = int32_t(x.dims.d[1]);
@@ -116,7 +116,8 @@ inline CannyGroupNorm call_of(
 
 // Whether tensor `pos` may have its type and format, those before it having theirs; `desc(i)` describes tensor i.
 //
-// x is half or float, in the order of its shape or channels-last (half by eights); scale, bias: float; the row and y: as x.
+// x is half or float, in the order of its shape or channels-last (half by eights); scale, bias: float; the row and y:
+// as x.
 template <typename Desc>
 bool supports(const Fields& fields, int32_t pos, int32_t inputs, int32_t outputs, Desc desc) {
     using nvinfer1::DataType;
@@ -127,7 +128,8 @@ bool supports(const Fields& fields, int32_t pos, int32_t inputs, int32_t outputs
     if (pos == 3) return it.type == x.type && it.format == TensorFormat::kLINEAR;
     if (pos > 0) return it.type == DataType::kFLOAT && it.format == TensorFormat::kLINEAR;
     if (it.dims.nbDims < 3) return false;
-    bool half = it.type == DataType::kHALF, channels_last = it.format == (half ? TensorFormat::kHWC8 : TensorFormat::kHWC);
+    bool half = it.type == DataType::kHALF,
+         channels_last = it.format == (half ? TensorFormat::kHWC8 : TensorFormat::kHWC);
     if (!half && it.type != DataType::kFLOAT) return false;
     if (!channels_last) return it.format == TensorFormat::kLINEAR;
     if (it.dims.nbDims != 4) return false;
@@ -140,20 +142,23 @@ bool supports(const Fields& fields, int32_t pos, int32_t inputs, int32_t outputs
 template <typename Desc>
 std::string shape_fault(const Fields& fields, int32_t inputs, Desc desc) {
     if (inputs != fields.inputs())
-        return "it has " + std::to_string(inputs) + " inputs, but with row " + std::to_string(fields.row) + " must have " +
-               std::to_string(fields.inputs());
+        return "it has " + std::to_string(inputs) + " inputs, but with row " + std::to_string(fields.row) +
+               " must have " + std::to_string(fields.inputs());
     const nvinfer1::Dims& x = desc(0).dims;
     for (int32_t i = 0; i < inputs; i++)
         for (int32_t k = 0; k < desc(i).dims.nbDims; k++)
             if (desc(i).dims.d[k] < 0) return "";
     auto channels = std::to_string(x.d[1]);
-    if (x.d[1] % fields.groups) return channels + " channels are not divisible by " + std::to_string(fields.groups) + " groups";
+    if (x.d[1] % fields.groups)
+        return channels + " channels are not divisible by " + std::to_string(fields.groups) + " groups";
     for (int32_t i = 1; i < 3; i++)
-        if (desc(i).dims.nbDims != 1 || desc(i).dims.d[0] != x.d[1]) return "scale and bias must have " + channels + " numbers";
+        if (desc(i).dims.nbDims != 1 || desc(i).dims.d[0] != x.d[1])
+            return "scale and bias must have " + channels + " numbers";
     if (!fields.row) return "";
     const nvinfer1::Dims& row = desc(3).dims;
     if (row.nbDims != 2 || row.d[1] != x.d[1] || (row.d[0] != 1 && row.d[0] != x.d[0]))
-        return "the row must have the shape (1, " + channels + ") or (" + std::to_string(x.d[0]) + ", " + channels + ")";
+        return "the row must have the shape (1, " + channels + ") or (" + std::to_string(x.d[0]) + ", " + channels +
+               ")";
     return "";
 }
 
@@ -172,7 +177,8 @@ inline size_t workspace_bytes(const Fields& fields, const nvinfer1::PluginTensor
 // Enqueue the kernel; `cluster` keeps what the GPU can do, 0 before it is known. Returns 0 or a cudaError_t.
 inline int32_t enqueue(
     const Fields& fields, int32_t& cluster, const nvinfer1::PluginTensorDesc* in, const void* const* from,
-    void* const* to, void* workspace, cudaStream_t stream) {
+    void* const* to, void* workspace, cudaStream_t stream
+) {
     if (!cluster) cluster = canny_max_cluster();
     CannyGroupNorm call = call_of(fields, in[0], fields.row ? in + 3 : nullptr);
     call.x = from[0];
@@ -184,7 +190,8 @@ inline int32_t enqueue(
     call.max_cluster = cluster;
     int32_t error = canny_group_norm(&call, stream);
     if (error) {
-        std::string shape = std::to_string(call.batch) + "x" + std::to_string(call.channels) + "x" + std::to_string(call.positions);
+        std::string shape =
+            std::to_string(call.batch) + "x" + std::to_string(call.channels) + "x" + std::to_string(call.positions);
         complain("the kernel for " + shape + " was not launched: " + cudaGetErrorString(cudaError_t(error)));
     }
     return error;

@@ -5,7 +5,7 @@
 
 // Pointers are to the GPU's memory, at multiples of 16.
 struct CannyGroupNorm {
-    const void* x;      // (B, C, h, w) of half or float; channels-last in half precision C is padded to a multiple of 8
+    const void* x;  // (B, C, h, w) of half or float; channels-last in half precision C is padded to a multiple of 8
     const float* gamma;  // (C)
     const float* beta;   // (C)
     const void* row;     // (row_batch, C) of the type of x, added before the statistics
@@ -30,7 +30,7 @@ inline Plan plan_of(const CannyGroupNorm& call) {
 
 inline void plan_facts(const CannyGroupNorm& call, int32_t out[7]) {
     Plan plan = plan_of(call);
-    int32_t facts[] = {int32_t(plan.path), plan.threads, plan.slices,          plan.tiles,
+    int32_t facts[] = {int32_t(plan.path), plan.threads, plan.slices,         plan.tiles,
                        call.batch,         plan.batches, int32_t(plan.shared)};
     for (int i = 0; i < 7; i++) out[i] = facts[i];
 }

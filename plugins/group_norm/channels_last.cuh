@@ -22,9 +22,10 @@ struct Thread {
         channel = blockIdx.y * plan.tile + column * kWidth;
         per_group = p.channels / p.groups;
         tile_groups = min(plan.tile_groups, p.groups - int32_t(blockIdx.y) * plan.tile_groups);
-        first_group = divide(column * kWidth, plan.by_group);          // of the vector, counted in the tile
-        cut = (first_group + 1) * per_group - column * kWidth;        // its channels from here on are of the next group
-        wide = lane < plan.lanes ? min(kWidth, p.channels - channel) : 0;  // channels that there are; the rest is padding
+        first_group = divide(column * kWidth, plan.by_group);   // of the vector, counted in the tile
+        cut = (first_group + 1) * per_group - column * kWidth;  // its channels from here on are of the next group
+        wide =
+            lane < plan.lanes ? min(kWidth, p.channels - channel) : 0;  // channels that there are; the rest is padding
         begin = blockIdx.x * plan.slice;
         rows = min(plan.slice, p.positions - begin);
         sample = int64_t(blockIdx.z) * p.positions * plan.pitch;
@@ -74,7 +75,8 @@ struct Thread {
     // The records of V positions, `count` of them there.
     template <int V>
     __device__ __forceinline__ void take(
-        Record (&found)[kSegments], const Vector<T> (&data)[V], int32_t count, const Vector<T>& row) const {
+        Record (&found)[kSegments], const Vector<T> (&data)[V], int32_t count, const Vector<T>& row
+    ) const {
         float sum[kWidth];
 #pragma unroll
         for (int c = 0; c < kWidth; c++) {
@@ -103,8 +105,7 @@ struct Thread {
                 if (v < count) squares += d * d;
             }
 #pragma unroll
-            for (int s = 0; s < kSegments; s++)
-                found[s].squares += in_segment(c, s) ? squares : 0.f;
+            for (int s = 0; s < kSegments; s++) found[s].squares += in_segment(c, s) ? squares : 0.f;
         }
     }
 
@@ -136,7 +137,8 @@ struct Thread {
 
     // gamma and beta become the scale and the shift of y = x · scale + shift, the row being in the shift.
     __device__ __forceinline__ void coefficients(
-        const Shared& shared, const Vector<T>& row, Vector<float>& scale, Vector<float>& shift) const {
+        const Shared& shared, const Vector<T>& row, Vector<float>& scale, Vector<float>& shift
+    ) const {
         int32_t last = p.plan.tile_groups - 1;
         float2 first = shared.norms[first_group], next = shared.norms[min(first_group + 1, last)];
 #pragma unroll
@@ -151,7 +153,8 @@ struct Thread {
 
     template <int V>
     __device__ __forceinline__ void apply(
-        Vector<T> (&data)[V], int32_t first, int32_t count, const Vector<float>& scale, const Vector<float>& shift) const {
+        Vector<T> (&data)[V], int32_t first, int32_t count, const Vector<float>& scale, const Vector<float>& shift
+    ) const {
         T* y = static_cast<T*>(p.y) + sample;
 #pragma unroll
         for (int v = 0; v < V; v++) {

@@ -23,18 +23,23 @@ bool run(const Params& p, dim3 grid, Launch&& launch) {
         case Path::kTwoLaunches:
             if (each) return launch(statistics<T, 2, 8>, grid, 1, p) && launch(apply<T, 4, 8>, grid, 1, p);
             return launch(statistics<T, 2, 2>, grid, 1, p) && launch(apply<T, 4, 2>, grid, 1, p);
-        case Path::kLinear: return launch(linear<T>, grid, 1, p);
-        default: return false;
+        case Path::kLinear:
+            return launch(linear<T>, grid, 1, p);
+        default:
+            return false;
     }
 }
 
 // Do a call; false where its plan has no path or a launch failed.
 template <typename Launch>
 bool run(const CannyGroupNorm& call, Launch&& launch) {
-    Params p{call.x,        call.gamma,  call.beta,      call.row_batch ? call.row : nullptr,
+    Params p{call.x,        call.gamma,
+             call.beta,     call.row_batch ? call.row : nullptr,
              call.y,        static_cast<float*>(call.workspace),
-             call.channels, call.positions, call.groups, call.row_batch > 1 ? call.channels : 0,
-             call.silu,     call.epsilon, plan_of(call)};
+             call.channels, call.positions,
+             call.groups,   call.row_batch > 1 ? call.channels : 0,
+             call.silu,     call.epsilon,
+             plan_of(call)};
     dim3 grid(p.plan.slices, p.plan.tiles, call.batch);
     return call.half ? run<__half>(p, grid, launch) : run<float>(p, grid, launch);
 }

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear(const Params p) {
     T* y = static_cast<T*>(p.y) + start;
     if (row != nullptr) row += int64_t(blockIdx.z) * p.row_stride + first_channel;
     bool whole = p.positions % kWidth == 0;  // a vector has one channel, and a multiple of 16 for an address
-    auto load = [&](Vector<T>& data, float(&added)[kWidth], int32_t at) {
+    auto load = [&](Vector<T>& data, float (&added)[kWidth], int32_t at) {
         int32_t there = min(kWidth, size - at);
         if (whole) data.load(x + at);
 #pragma unroll

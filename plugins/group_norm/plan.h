@@ -7,10 +7,10 @@
 namespace canny {
 
 enum class Path : int32_t {
-    kNone = 0,      // cannot be done
-    kOneLaunch,     // a cluster of blocks holds its channels in registers: one pass over the tensor
-    kTwoLaunches,   // partial statistics to the workspace, then a second pass applies them
-    kLinear,        // (B, C, h, w) in memory: one block a group
+    kNone = 0,     // cannot be done
+    kOneLaunch,    // a cluster of blocks holds its channels in registers: one pass over the tensor
+    kTwoLaunches,  // partial statistics to the workspace, then a second pass applies them
+    kLinear,       // (B, C, h, w) in memory: one block a group
 };
 
 struct Shape {
@@ -33,15 +33,17 @@ struct Plan {
     int32_t per_channel = 0;    // a vector spans more than two groups
     int32_t slots = 0;          // records of a group that a block's threads make
     int32_t warps_a_group = 0;  // that merge them
-    uint32_t by_columns = 0, by_group = 0, by_warps = 0;  // for `divide` by columns, channels of a group, warps of a group
-    size_t shared = 0;          // bytes of shared memory of a block
-    size_t workspace = 0;       // bytes
+    uint32_t by_columns = 0, by_group = 0,
+             by_warps = 0;  // for `divide` by columns, channels of a group, warps of a group
+    size_t shared = 0;      // bytes of shared memory of a block
+    size_t workspace = 0;   // bytes
 };
 
 constexpr int32_t kBatchesHalf = 6, kBatchesFloat = 4;  // most vectors of a thread that stay in registers
 constexpr int32_t kThreads = 512, kThreadsPerChannel = 256, kLinearThreads = 512;
-constexpr int32_t kSlices = 128, kBlocks = 264;  // two launches: most slices, and how many blocks fill a large GPU twice
-constexpr int32_t kRecord = 3 * sizeof(float);   // count, mean, sum of squares about the mean
+constexpr int32_t kSlices = 128,
+                  kBlocks = 264;                // two launches: most slices, and how many blocks fill a large GPU twice
+constexpr int32_t kRecord = 3 * sizeof(float);  // count, mean, sum of squares about the mean
 
 constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 

@@ -39,24 +39,31 @@ public:
     }
 
     bool supportsFormatCombination(
-        int32_t pos, PluginTensorDesc const* tensors, int32_t inputs, int32_t outputs) noexcept override {
-        return supports(fields_, pos, inputs, outputs, [&](int32_t i) -> PluginTensorDesc const& { return tensors[i]; });
+        int32_t pos, PluginTensorDesc const* tensors, int32_t inputs, int32_t outputs
+    ) noexcept override {
+        return supports(fields_, pos, inputs, outputs, [&](int32_t i) -> PluginTensorDesc const& {
+            return tensors[i];
+        });
     }
 
     void configurePlugin(
-        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t) noexcept override {
-        std::string wrong = shape_fault(fields_, inputs, [&](int32_t i) -> PluginTensorDesc const& { return in[i].desc; });
+        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t
+    ) noexcept override {
+        std::string wrong =
+            shape_fault(fields_, inputs, [&](int32_t i) -> PluginTensorDesc const& { return in[i].desc; });
         if (!wrong.empty()) complain(wrong);
     }
 
     size_t getWorkspaceSize(
-        PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) const noexcept override {
+        PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t
+    ) const noexcept override {
         return workspace_bytes(fields_, in[0]);
     }
 
     int32_t enqueue(
         PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* from, void* const* to, void* workspace,
-        cudaStream_t stream) noexcept override {
+        cudaStream_t stream
+    ) noexcept override {
         return canny::enqueue(fields_, cluster_, in, from, to, workspace, stream);
     }
 
@@ -81,7 +88,12 @@ public:
 
     IPluginV2* deserializePlugin(AsciiChar const*, void const* data, size_t size) noexcept override {
         Fields fields;
-        if (size != sizeof fields) return made("its part of the plan has " + std::to_string(size) + " bytes instead of " + std::to_string(sizeof fields), fields);
+        if (size != sizeof fields)
+            return made(
+                "its part of the plan has " + std::to_string(size) + " bytes instead of " +
+                    std::to_string(sizeof fields),
+                fields
+            );
         std::memcpy(&fields, data, sizeof fields);
         return made(fault(fields), fields);
     }

@@ -37,28 +37,35 @@ public:
     }
 
     int32_t getOutputShapes(
-        DimsExprs const* in, int32_t, DimsExprs const*, int32_t, DimsExprs* out, int32_t, IExprBuilder&) noexcept override {
+        DimsExprs const* in, int32_t, DimsExprs const*, int32_t, DimsExprs* out, int32_t, IExprBuilder&
+    ) noexcept override {
         out[0] = in[0];
         return 0;
     }
 
     bool supportsFormatCombination(
-        int32_t pos, DynamicPluginTensorDesc const* tensors, int32_t inputs, int32_t outputs) noexcept override {
-        return supports(fields_, pos, inputs, outputs, [&](int32_t i) -> PluginTensorDesc const& { return tensors[i].desc; });
+        int32_t pos, DynamicPluginTensorDesc const* tensors, int32_t inputs, int32_t outputs
+    ) noexcept override {
+        return supports(fields_, pos, inputs, outputs, [&](int32_t i) -> PluginTensorDesc const& {
+            return tensors[i].desc;
+        });
     }
 
     int32_t configurePlugin(
-        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t) noexcept override {
+        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t
+    ) noexcept override {
         return checked(inputs, [&](int32_t i) -> PluginTensorDesc const& { return in[i].desc; });
     }
 
     int32_t onShapeChange(
-        PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const*, int32_t) noexcept override {
+        PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const*, int32_t
+    ) noexcept override {
         return checked(inputs, [&](int32_t i) -> PluginTensorDesc const& { return in[i]; });
     }
 
     size_t getWorkspaceSize(
-        DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept override {
+        DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t
+    ) const noexcept override {
         PluginTensorDesc largest = in[0].desc;
         largest.dims = in[0].max;
         return workspace_bytes(fields_, largest);
@@ -66,7 +73,8 @@ public:
 
     int32_t enqueue(
         PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* from, void* const* to, void* workspace,
-        cudaStream_t stream) noexcept override {
+        cudaStream_t stream
+    ) noexcept override {
         return canny::enqueue(fields_, cluster_, in, from, to, workspace, stream);
     }
 
@@ -93,7 +101,9 @@ public:
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
     PluginFieldCollection const* getFieldNames() noexcept override { return &names_.all; }
 
-    IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* collection, TensorRTPhase) noexcept override {
+    IPluginV3* createPlugin(
+        AsciiChar const*, PluginFieldCollection const* collection, TensorRTPhase
+    ) noexcept override {
         Fields fields;
         std::string wrong = read_fields(collection, fields);
         if (wrong.empty()) return new GroupNormV3(fields);

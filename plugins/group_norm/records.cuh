@@ -1,8 +1,8 @@
 // What both kernels are made of: records of statistics, their merging in a fixed order, the arithmetic of the output.
 //
 // Statistics are in float: each thread takes mean and squares about that mean of the few values that it holds in
-// registers, and such records (count, mean, squares) are merged pairwise (Chan, Golub & LeVeque 1983), always in the same
-// order. Nothing cancels, and the same input gives the same bits.
+// registers, and such records (count, mean, squares) are merged pairwise (Chan, Golub & LeVeque 1983), always in the
+// same order. Nothing cancels, and the same input gives the same bits.
 #pragma once
 
 #include "device.cuh"
@@ -68,7 +68,8 @@ __device__ __forceinline__ void merge_slots(const Plan& plan, const Shared& shar
     for (int32_t w = threadIdx.x / 32; w < groups * each; w += warps) {
         int32_t j = divide(w, plan.by_warps), count = used(j);
         Record a = {};
-        for (int32_t i = (w - j * each) * 32 + lane; i < count; i += 32 * each) a = merge(a, shared.slots[j * plan.slots + i]);
+        for (int32_t i = (w - j * each) * 32 + lane; i < count; i += 32 * each)
+            a = merge(a, shared.slots[j * plan.slots + i]);
         a = merge_warp(a);
         if (lane == 0) shared.warps[w] = a;
     }
@@ -76,7 +77,9 @@ __device__ __forceinline__ void merge_slots(const Plan& plan, const Shared& shar
 
 // Warps merge `count` records of each group, which `get(j, i)` reads, into its norm.
 template <typename Get>
-__device__ __forceinline__ void merge_norms(const Shared& shared, int32_t groups, int32_t count, float epsilon, Get get) {
+__device__ __forceinline__ void merge_norms(
+    const Shared& shared, int32_t groups, int32_t count, float epsilon, Get get
+) {
     int32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
     for (int32_t j = threadIdx.x / 32; j < groups; j += warps) {
         Record a = {};
