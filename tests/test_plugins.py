@@ -17,7 +17,7 @@ from plugins.call import GroupNorm, open_library, plan
 from plugins.load import PluginError
 from runtime.manifest import Manifest
 from trt_builder.config import Options
-from trt_builder.flavour import FlavourError, get_flavour
+from trt_builder.flavour import Flavour, FlavourError, get_flavour
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -162,6 +162,47 @@ def test_tensorrt_rtx_has_no_plugins() -> None:
         with pytest.raises(FlavourError, match="TensorRT-RTX takes no plugins"):
             action()
     assert flavour.load_plugins(Options()) == {}
+
+
+def recording(strongly_typed: bool, creator: Any) -> Flavour:
+    """A flavour whose TensorRT has this creator in its registry and builds nothing."""
+    api = SimpleNamespace(
+        __version__="11.0" if strongly_typed else "8.6.0",
+        PluginField=lambda name, data, kind: (name, data.item(), data.dtype.name, kind),
+        PluginFieldCollection=list,
+        PluginFieldType=SimpleNamespace(INT32="int32", FLOAT32="float32"),
+        TensorRTPhase=SimpleNamespace(BUILD="build"),
+        get_plugin_registry=lambda: SimpleNamespace(
+            **{"get_creator" if strongly_typed else "get_plugin_creator": lambda *asked: creator}
+        ),
+    )
+    attention, normalization = None, "add_normalization"
+    return Flavour(
+        "tensorrt", api, (8, 6), strongly_typed, True, attention, True, normalization, False, False, False
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strongly_typed", [False, True])
+def test_the_builder_gives_the_plugin_its_fields(strongly_typed: bool) -> None:
+    calls = []
+    creator = SimpleNamespace(create_plugin=lambda *given: calls.append(given) or "plugin")
+    network = SimpleNamespace(
+        add_plugin_v2=lambda inputs, plugin: ("v2", inputs, plugin),
+        add_plugin_v3=lambda inputs, shapes, plugin: ("v3", inputs, plugin),
+    )
+    own = recording(strongly_typed, creator).group_norm_plugin(320, 99, Options(group_norm="own"))
+    assert own is not None and own.takes_row
+    for inputs, row in ((["x", "scale", "bias"], 0), (["x", "scale", "bias", "row"], 1)):
+        version = "v3" if strongly_typed else "v2"
+        assert own.add(network, inputs, "a/b", 32, 1e-6, True) == (version, inputs, "plugin")
+        name, fields, *phase = calls[-1]
+        assert name == "a/b" and phase == (["build"] if strongly_typed else [])
+        assert all(dtype == kind for _, _, dtype, kind in fields)
+        values = {field: value for field, value, _, _ in fields}
+        assert values.pop("epsilon") == pytest.approx(1e-6)
+        assert values == {"version": 1, "groups": 32, "silu": 1, "row": row}
+    with pytest.raises(FlavourError, match="of our own: it was not loaded"):
+        recording(strongly_typed, None).group_norm_plugin(320, 2, Options(group_norm="own"))
 
 
 @pytest.fixture(scope="module", params=["8.6", "10+"])

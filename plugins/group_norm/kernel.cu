@@ -36,12 +36,35 @@ uint64_t canny_group_norm_workspace(const CannyGroupNorm* call) { return canny::
 
 void canny_group_norm_plan(const CannyGroupNorm* call, int32_t out[7]) { canny::plan_facts(*call, out); }
 
+namespace {
+
+// Load the kernels of every plan for elements of type T; the version of the code that they were compiled to, as 90.
+template <typename T>
+int32_t load_kernels() {
+    int32_t oldest = INT32_MAX;
+    for (canny::Path path : {canny::Path::kOneLaunch, canny::Path::kTwoLaunches, canny::Path::kLinear})
+        for (int32_t batches : {1, 2, 4, canny::kBatchesHalf})
+            for (int32_t per_channel : {0, 1}) {
+                canny::Params p{};
+                p.plan.path = path;
+                p.plan.batches = batches;
+                p.plan.per_channel = per_channel;
+                canny::run<T>(p, dim3(), [&](auto kernel, dim3, int32_t, const canny::Params&) {
+                    cudaFuncAttributes attributes{};
+                    bool loaded = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+                    int32_t version = loaded ? attributes.ptxVersion : 0;
+                    oldest = version < oldest ? version : oldest;
+                    return true;
+                });
+            }
+    return oldest;
+}
+
+}  // namespace
+
 int32_t canny_max_cluster() {
+    int32_t half = load_kernels<__half>(), single = load_kernels<float>();
+    cudaGetLastError();  // without a GPU nothing was loaded, and the next caller need not hear of it
     // Code for an older GPU that this one compiles anew knows no clusters either.
-    cudaFuncAttributes attributes{};
-    if (cudaFuncGetAttributes(&attributes, canny::one_launch<__half, 1, 2>) != cudaSuccess) {
-        cudaGetLastError();
-        return 1;
-    }
-    return attributes.ptxVersion >= 90 ? 8 : 1;
+    return half >= 90 && single >= 90 ? 8 : 1;
 }

@@ -18,5 +18,5 @@ CANNY_EXPORT uint64_t canny_group_norm_workspace(const CannyGroupNorm* call);
 // How a call is cut: path (0: not at all), threads, grid (x, y, z), positions a thread holds, bytes of shared memory.
 CANNY_EXPORT void canny_group_norm_plan(const CannyGroupNorm* call, int32_t out[7]);
 
-// The largest cluster of the current GPU, for `CannyGroupNorm::max_cluster`.
+// The largest cluster for `CannyGroupNorm::max_cluster` on the current GPU. Loads the kernels, which a capture forbids.
 CANNY_EXPORT int32_t canny_max_cluster();

@@ -17,7 +17,12 @@ public:
     AsciiChar const* getPluginType() const noexcept override { return kName; }
     AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
     int32_t getNbOutputs() const noexcept override { return 1; }
-    int32_t initialize() noexcept override { return 0; }
+
+    int32_t initialize() noexcept override {
+        cluster_ = canny_max_cluster();
+        return 0;
+    }
+
     void terminate() noexcept override {}
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(AsciiChar const* space) noexcept override { namespace_ = space; }

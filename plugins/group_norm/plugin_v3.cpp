@@ -78,7 +78,11 @@ public:
         return canny::enqueue(fields_, cluster_, in, from, to, workspace, stream);
     }
 
-    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
+        cluster_ = canny_max_cluster();
+        return clone();
+    }
+
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &stored_.all; }
 
 private:

@@ -100,7 +100,7 @@ def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, norm: GroupNorm,
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("norm", [*FEW, OTHERS[0], OTHERS[5]], ids=str)
 def test_in_tensorrt(flavour: Flavour, norm: GroupNorm, mean: float) -> None:
-    """One layer: the same numbers, the same bits every time, and in a CUDA graph; the plan has no reformat."""
+    """One layer: the same numbers, the same bits every time, and in a CUDA graph; channels-last no reformat."""
     arrays = norm.arrays(mean)
     made = bytes(chain(flavour, norm, "own", 1, arrays))
     with Engine(made, flavour) as engine:
@@ -110,4 +110,5 @@ def test_in_tensorrt(flavour: Flavour, norm: GroupNorm, mean: float) -> None:
         assert all(engine.run(inputs)["y"].tobytes() == y.tobytes() for _ in range(20))
         assert np.median(engine.graph_times(20)) > 0
         assert engine.download()["y"].tobytes() == y.tobytes()
-        assert "reformat" not in engine.layers_json().lower()
+        if norm.half and norm.channels_last:
+            assert "reformat" not in engine.layers_json().lower()
