@@ -1,6 +1,7 @@
 """The plugins without a GPU: their build, what was built, and the adapters as TensorRT calls them."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -184,8 +185,13 @@ def recording(strongly_typed: bool, creator: Any) -> Flavour:
 
 @pytest.mark.parametrize("strongly_typed", [False, True])
 def test_the_builder_gives_the_plugin_its_fields(strongly_typed: bool) -> None:
-    calls = []
-    creator = SimpleNamespace(create_plugin=lambda *given: calls.append(given) or "plugin")
+    calls: list[Any] = []
+
+    def create_plugin(*given: Any) -> str:
+        calls.append(given)
+        return "plugin"
+
+    creator = SimpleNamespace(create_plugin=create_plugin)
     network = SimpleNamespace(
         add_plugin_v2=lambda inputs, plugin: ("v2", inputs, plugin),
         add_plugin_v3=lambda inputs, shapes, plugin: ("v3", inputs, plugin),
@@ -215,7 +221,11 @@ def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     except PluginError as why:
         pytest.skip(str(why))
     out = tmp_path_factory.mktemp("lib")
-    yield build(request.param, ["90"], folder, out), folder
+    said: list[str] = []
+    library = build(request.param, ["90"], folder, out, say=said.append)
+    frames = re.findall(r"(\d+) bytes stack frame", "\n".join(said))
+    assert len(frames) > 15 and set(frames) == {"0"}, "a kernel spills registers, or indexes them"
+    yield library, folder
     assert not list(out.glob(".build-*")) and build(request.param, ["90"], folder, out).is_file()
 
 
