@@ -10,6 +10,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -57,8 +58,16 @@ struct Block {
     dim3 index;
     Barrier barrier;
     std::vector<Barrier> warps;
-    std::vector<float> exchange;  // of shuffles
+    std::vector<float> exchange;                     // of shuffles
+    std::vector<const __half*> rows;                 // of matrices to be loaded
+    std::vector<std::array<uint32_t, 6>> fragments;  // of matrices to be multiplied
     std::vector<unsigned char> shared;
+};
+
+// 16 bytes to be copied, zeros where `from` is null.
+struct Copy {
+    void* to;
+    const void* from;
 };
 
 struct Fiber {
@@ -69,6 +78,7 @@ struct Fiber {
     unsigned generation = 0, cluster_generation = 0;
     unsigned thread = 0;
     Block* block = nullptr;
+    std::vector<std::vector<Copy>> copies = {{}};  // in groups, the last one open
 };
 
 constexpr size_t kStack = 64 << 10, kGuard = 256;
@@ -156,6 +166,8 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
         block.barrier = {threads, 0, 0};
         block.warps.assign(threads / 32, Barrier{32, 0, 0});
         block.exchange.assign(threads, NAN);
+        block.rows.assign(threads, nullptr);
+        block.fragments.resize(threads);
         block.shared.assign(shared + kGuard, 0xff);
         for (int t = 0; t < threads; t++) {
             Fiber& fiber = *fibers[b * threads + t];
@@ -163,6 +175,7 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
             fiber.thread = t;
             fiber.done = false;
             fiber.waits = nullptr;
+            fiber.copies = {{}};
         }
     }
     for (bool moved = true; moved;) {
@@ -241,5 +254,82 @@ inline float to_float(__half x) { return float(x); }
 inline float to_float(float x) { return x; }
 inline void from_float(float x, __half& y) { y = __half(x); }
 inline void from_float(float x, float& y) { y = x; }
+
+// -- of attention/mma.cuh ---------------------------------------------------------------------------------------------
+
+inline uint32_t pack(float low, float high) {
+    __half both[2] = {__half(low), __half(high)};
+    uint32_t packed;
+    std::memcpy(&packed, both, sizeof packed);
+    return packed;
+}
+
+inline float unpack(uint32_t packed, int which) {
+    __half both[2];
+    std::memcpy(both, &packed, sizeof packed);
+    return float(both[which]);
+}
+
+// Rows of four matrices by address, one from each thread; `get(rows, lane)` is what a thread gets of each matrix.
+template <typename Get>
+void load_by_warp(uint32_t (&r)[4], const __half* row, Get get) {
+    emulator::Block& block = *emulator::current->block;
+    unsigned me = emulator::current->thread, first = me / 32 * 32;
+    block.rows[me] = row;
+    emulator::meet(block.warps[me / 32]);
+    for (int j = 0; j < 4; j++) r[j] = get([&](int i) { return block.rows[first + 8 * j + i]; }, int(me % 32));
+    emulator::meet(block.warps[me / 32]);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const __half* row) {
+    load_by_warp(r, row, [](auto rows, int lane) {
+        const __half* two = rows(lane / 4) + lane % 4 * 2;
+        return pack(float(two[0]), float(two[1]));
+    });
+}
+
+inline void load_transposed(uint32_t (&r)[4], const __half* row) {
+    load_by_warp(r, row, [](auto rows, int lane) {
+        int first = lane % 4 * 2;
+        return pack(float(rows(first)[lane / 4]), float(rows(first + 1)[lane / 4]));
+    });
+}
+
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::Block& block = *emulator::current->block;
+    unsigned me = emulator::current->thread, first = me / 32 * 32, lane = me % 32;
+    block.fragments[me] = {a[0], a[1], a[2], a[3], b0, b1};
+    emulator::meet(block.warps[me / 32]);
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            const auto& left = block.fragments[first + row * 4 + k % 8 / 2];
+            const auto& right = block.fragments[first + column * 4 + k % 8 / 2];
+            c[i] += unpack(left[i / 2 + k / 8 * 2], k % 2) * unpack(right[4 + k / 8], k % 2);
+        }
+    }
+    emulator::meet(block.warps[me / 32]);
+}
+
+inline void copy_16(void* to, const void* from, bool there) {
+    emulator::current->copies.back().push_back({to, there ? from : nullptr});
+}
+
+inline void copies_commit() { emulator::current->copies.emplace_back(); }
+
+// Copies come as late as they may.
+template <int kLeft>
+void copies_wait() {
+    auto& groups = emulator::current->copies;
+    while (groups.size() > kLeft + 1) {
+        for (const emulator::Copy& copy : groups.front()) {
+            if (copy.from)
+                std::memcpy(copy.to, copy.from, 16);
+            else
+                std::memset(copy.to, 0, 16);
+        }
+        groups.erase(groups.begin());
+    }
+}
 
 }  // namespace canny
