@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from plugins.call import GroupNorm, OnGpu, error, open_library, plan
+from plugins.call import GroupNorm, error, group_norm_on_gpu, open_library, plan
 from plugins.load import LIB, Library, find, library_path
 from runtime.engine import Engine, check, cuda_runtime, gpu
 from runtime.manifest import EngineError
@@ -126,7 +126,7 @@ def graph_us(enqueue: Callable[[Any], None], replays: int) -> float:
 
 def kernel_us(library: Any, norm: GroupNorm, replays: int, force: int = 0, overlap: bool = False) -> float:
     """Microseconds of one GroupNorm, its kernels called without TensorRT."""
-    with OnGpu(library, norm, norm.arrays(), force, overlap) as on_gpu:
+    with group_norm_on_gpu(library, norm, norm.arrays(), force, overlap) as on_gpu:
 
         def several(stream: Any) -> None:
             for _ in range(LAUNCHES):
@@ -286,7 +286,7 @@ def checked(library: Any, counts: Counter[GroupNorm]) -> int:
     for norm in counts:
         for mean in (0.0, 100.0):
             arrays = norm.arrays(mean)
-            with OnGpu(library, norm, arrays) as on_gpu:
+            with group_norm_on_gpu(library, norm, arrays) as on_gpu:
                 on_gpu.launch()
                 off = error(on_gpu.result(), norm.expected(arrays))
             worst = max(worst, off)

@@ -1,8 +1,9 @@
-"""GroupNorm without TensorRT: its kernels called through the C functions of the library, for tests and measurements."""
+"""The kernels without TensorRT, called through the C functions of the library, for tests and measurements."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import numpy as np
 
 from plugins.load import PluginError
 from runtime.engine import check, cuda_runtime
+from runtime.manifest import EngineError
 
 PATHS = ("none", "one launch", "two launches", "linear")
 
@@ -91,7 +93,7 @@ class GroupNorm:
             made["row"] = rng.standard_normal((self.row_batch, self.channels), np.float32).astype(self.dtype)
         return made
 
-    def expected(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """y (B, C, h, w) in float64."""
         x = arrays["x"].astype(np.float64)
         if self.row_batch:
@@ -137,7 +139,8 @@ def open_library(path: Path) -> Any:
         library = ctypes.CDLL(str(path))
     except OSError as why:
         raise PluginError(f"{path} cannot be loaded: {why}.") from None
-    library.canny_group_norm_workspace.restype = ctypes.c_uint64
+    if hasattr(library, "canny_group_norm_workspace"):
+        library.canny_group_norm_workspace.restype = ctypes.c_uint64
     return library
 
 
@@ -150,46 +153,149 @@ def plan(library: Any, call: CannyGroupNorm) -> Plan:
 
 
 class OnGpu:
-    """A GroupNorm whose arrays lie on the GPU until its `with` block ends; `launch` it as often as you like."""
+    """A call whose arrays lie on the GPU until its `with` block ends; `launch` it as often as you like."""
 
     def __init__(
-        self, library: Any, norm: GroupNorm, arrays: dict[str, np.ndarray], force: int = 0, overlap: bool = False
+        self, function: Any, call: ctypes.Structure, memory: Mapping[str, np.ndarray], unpack: Callable[..., np.ndarray]
     ) -> None:
-        self.norm, self._library, self._cuda = norm, library, cuda_runtime()
-        check(self._cuda.cudaFree(0))  # so that there is a context before the library asks for the GPU
-        self.call = norm.call(library.canny_max_cluster(), force, overlap)
+        self.call, self._function, self._unpack, self._cuda = call, function, unpack, cuda_runtime()
         self._held: list[int] = []
-        stored = {name: norm.pack(array) if name == "x" else array for name, array in arrays.items()}
-        for name, array in (stored | {"y": np.full_like(stored["x"], np.nan)}).items():
-            self._put(name, np.ascontiguousarray(array))
-        size = int(library.canny_group_norm_workspace(ctypes.byref(self.call)))
-        self._put("workspace", np.full(size + 16, 255, np.uint8))
-
-    def _put(self, name: str, array: np.ndarray) -> None:
-        address = int(check(self._cuda.cudaMalloc(array.nbytes)))
-        self._held.append(address)
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        check(self._cuda.cudaMemcpy(address, array.ctypes.data, array.nbytes, kind))
-        setattr(self.call, name, address)
+        self._result = memory["y"]
+        try:
+            for name, array in memory.items():
+                address = int(check(self._cuda.cudaMalloc(max(16, array.nbytes))))
+                self._held.append(address)
+                kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+                check(self._cuda.cudaMemcpy(address, np.ascontiguousarray(array).ctypes.data, array.nbytes, kind))
+                setattr(call, name, address)
+        except EngineError:
+            self.close()
+            raise
 
     def launch(self, stream: Any = 0) -> None:
         """Enqueue it once. Raises PluginError with CUDA's error number where that fails."""
-        number = self._library.canny_group_norm(ctypes.byref(self.call), ctypes.c_void_p(int(stream)))
+        number = self._function(ctypes.byref(self.call), ctypes.c_void_p(int(stream)))
         if number:
-            raise PluginError(f"the kernel for {self.norm} was not launched: CUDA's error {number}.")
+            raise PluginError(f"the kernel was not launched: CUDA's error {number}.")
 
     def result(self) -> np.ndarray:
-        """y (B, C, h, w), once the GPU is done."""
+        """y, once the GPU is done."""
         check(self._cuda.cudaDeviceSynchronize())
-        stored = np.empty(self.norm.stored_shape, self.norm.dtype)
+        stored = np.empty_like(self._result)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        check(self._cuda.cudaMemcpy(stored.ctypes.data, self.call.y, stored.nbytes, kind))
-        return self.norm.unpack(stored)
+        check(self._cuda.cudaMemcpy(stored.ctypes.data, self.call.y, stored.nbytes, kind))  # type: ignore[attr-defined]
+        return self._unpack(stored)
+
+    def close(self) -> None:
+        """Free the memory."""
+        for address in self._held:
+            check(self._cuda.cudaFree(address))
+        self._held.clear()
 
     def __enter__(self) -> OnGpu:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for address in self._held:
-            check(self._cuda.cudaFree(address))
-        self._held.clear()
+        self.close()
+
+
+def group_norm_on_gpu(
+    library: Any, norm: GroupNorm, arrays: Mapping[str, np.ndarray], force: int = 0, overlap: bool = False
+) -> OnGpu:
+    """A GroupNorm on the GPU; `force` and `overlap` as in `GroupNorm.call`."""
+    check(cuda_runtime().cudaFree(0))  # so that there is a context before the library asks for the GPU
+    call = norm.call(library.canny_max_cluster(), force, overlap)
+    memory = {name: norm.pack(array) if name == "x" else array for name, array in arrays.items()}
+    memory["y"] = np.full_like(memory["x"], np.nan)
+    memory["workspace"] = np.full(int(library.canny_group_norm_workspace(ctypes.byref(call))), 255, np.uint8)
+    return OnGpu(library.canny_group_norm, call, memory, norm.unpack)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+class CannyAttention(ctypes.Structure):
+    """The structure of the same name in attention/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "y")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "tokens", "keys", "width")),
+        *((name, ctypes.c_int32) for name in ("q_stride", "kv_stride", "y_stride")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of q (B, T, C) over k, v (B, S, C), C = heads·width, in half precision.
+
+    joined: Q, K and V lie side by side in one array (B, T, 3·C), as one matrix product makes them; then S is T.
+    """
+
+    batch: int
+    heads: int
+    tokens: int
+    keys: int
+    width: int
+    joined: bool = False
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.heads * self.width
+
+    @property
+    def flop(self) -> int:
+        """Multiplications and additions of both matrix products."""
+        return 4 * self.batch * self.tokens * self.keys * self.channels
+
+    def arrays(self, deviation: float = 1.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random q, k and v (B, tokens, C) of this standard deviation."""
+        rng = np.random.default_rng(seed)
+        sizes = {"q": self.tokens, "k": self.keys, "v": self.keys}
+        return {
+            name: (deviation * rng.standard_normal((self.batch, size, self.channels), np.float32)).astype(np.float16)
+            for name, size in sizes.items()
+        }
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (B, T, C) in float64."""
+        q, k, v = (
+            arrays[name].astype(np.float64).reshape(self.batch, -1, self.heads, self.width).transpose(0, 2, 1, 3)
+            for name in "qkv"
+        )
+        scores = q @ k.transpose(0, 1, 3, 2) * self.width**-0.5
+        weights = np.exp(scores - scores.max(axis=3, keepdims=True))
+        y = weights / weights.sum(axis=3, keepdims=True) @ v
+        return y.transpose(0, 2, 1, 3).reshape(self.batch, self.tokens, self.channels)
+
+    def memory(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What lies in memory: q, k, v and y, or all of them in q, and y."""
+        y = np.full((self.batch, self.tokens, self.channels), np.nan, np.float16)
+        return (
+            {"q": np.concatenate([arrays[name] for name in "qkv"], axis=2), "y": y}
+            if self.joined
+            else {**arrays, "y": y}
+        )
+
+    def call(self) -> CannyAttention:
+        """The call, without addresses."""
+        stride = self.channels * (3 if self.joined else 1)
+        return CannyAttention(
+            batch=self.batch, heads=self.heads, tokens=self.tokens, keys=self.keys, width=self.width, q_stride=stride,
+            kv_stride=stride, y_stride=self.channels, scale=self.width**-0.5,
+        )  # fmt: skip
+
+    def place(self, call: CannyAttention) -> None:
+        """Where K and V lie, once it is known where Q does."""
+        if self.joined:
+            call.k, call.v = (call.q + part * self.channels * 2 for part in (1, 2))
+
+
+def attention_on_gpu(library: Any, attention: Attention, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """An attention on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    call = attention.call()
+    on_gpu = OnGpu(library.canny_attention, call, attention.memory(arrays), lambda y: y)
+    attention.place(call)
+    return on_gpu

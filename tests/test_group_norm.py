@@ -56,7 +56,9 @@ LINEAR = [
 ]  # fmt: skip
 
 
-def compile_emulator(folder: Path, kernels: Path = KERNELS, optimise: str = "-O2") -> Any:
+def compile_emulator(
+    folder: Path, kernels: Path = KERNELS, optimise: str = "-O2", source: str = "group_norm_emulated.cpp"
+) -> Any:
     """The kernels for the CPU, as a library."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -64,7 +66,7 @@ def compile_emulator(folder: Path, kernels: Path = KERNELS, optimise: str = "-O2
     library = folder / "libemulated.so"
     flags = f"-std=c++17 {optimise} -Wall -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -shared -fPIC".split()
     include = [f"-I{TESTS}", f"-I{kernels}"]
-    command = [compiler, *flags, *include, str(TESTS / "group_norm_emulated.cpp"), "-o", str(library)]
+    command = [compiler, *flags, *include, str(TESTS / source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return open_library(library)

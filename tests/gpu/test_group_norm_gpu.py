@@ -10,7 +10,7 @@ import pytest
 
 from bench.group_norm import chain, norms
 from plugins.build import build
-from plugins.call import GroupNorm, OnGpu, error, open_library, plan
+from plugins.call import GroupNorm, error, group_norm_on_gpu, open_library, plan
 from plugins.load import PluginError
 from runtime.engine import Engine, check, cuda_runtime, gpu
 from trt_builder.config import ModelConfig, Shape
@@ -60,7 +60,7 @@ def test_clusters_are_known(library: Any) -> None:
 @pytest.mark.parametrize("norm", [*NETWORKS, *OTHERS], ids=str)
 def test_kernels_are_within_rounding_of_float64(library: Any, norm: GroupNorm, mean: float) -> None:
     arrays = norm.arrays(mean)
-    with OnGpu(library, norm, arrays) as on_gpu:
+    with group_norm_on_gpu(library, norm, arrays) as on_gpu:
         on_gpu.launch()
         assert error(on_gpu.result(), norm.expected(arrays)) < (2e-3 if norm.half else 2e-5)
 
@@ -71,7 +71,7 @@ def test_every_way_to_cut_a_map(library: Any, norm: GroupNorm, force: int) -> No
     if plan(library, norm.call(library.canny_max_cluster(), force)).path == "none":
         pytest.skip("there is no such plan")
     arrays = norm.arrays(100.0)
-    with OnGpu(library, norm, arrays, force) as on_gpu:
+    with group_norm_on_gpu(library, norm, arrays, force) as on_gpu:
         on_gpu.launch()
         assert error(on_gpu.result(), norm.expected(arrays)) < 2e-3
 
@@ -80,7 +80,7 @@ def test_every_way_to_cut_a_map(library: Any, norm: GroupNorm, force: int) -> No
 @pytest.mark.parametrize("norm", FEW, ids=str)
 def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, norm: GroupNorm, overlap: bool) -> None:
     cuda = cuda_runtime()
-    with OnGpu(library, norm, norm.arrays(), overlap=overlap) as on_gpu:
+    with group_norm_on_gpu(library, norm, norm.arrays(), overlap=overlap) as on_gpu:
         on_gpu.launch()
         first = on_gpu.result()
         stream = check(cuda.cudaStreamCreate())
