@@ -15,8 +15,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 LIB = FOLDER / "lib"
 SOURCES = ("CMakeLists.txt", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
-GROUP_NORM, VERSION = "CannyGroupNorm", "1"  # the plugin's name and version in TensorRT's registry
-FIELDS_VERSION = 1  # of the plugin's fields, which the library checks
+GROUP_NORM, ATTENTION, VERSION = "CannyGroupNorm", "CannyAttention", "1"  # in TensorRT's registry
+FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
+ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 
 
 class PluginError(ValueError):
@@ -105,13 +106,14 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
 
     Raises PluginError as `load` does, and where the plugins here are others.
     """
-    unknown = sorted(needed.keys() - {GROUP_NORM})
+    unknown = sorted(needed.keys() - {GROUP_NORM, ATTENTION})
     if unknown:
         raise PluginError(f"the engines need the plugin {unknown[0]}, which is not among those here: build them again.")
     if not needed:
         return
     library = load(trt, folder)
-    if needed[GROUP_NORM] != library.source:
-        theirs, ours = needed[GROUP_NORM][:12], library.source[:12]
+    others = [source for source in needed.values() if source != library.source]
+    if others:
+        theirs, ours = others[0][:12], library.source[:12]
         what = f"the engines were built with other plugins (sources {theirs}…) than are here ({ours}…)"
         raise PluginError(f"{what}: run `python -m trt_builder build` again.")

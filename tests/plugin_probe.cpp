@@ -1,4 +1,4 @@
-// Calls the GroupNorm plugin as TensorRT does, without TensorRT and without a GPU; compiled with 8.6's headers or
+// Calls the plugins as TensorRT does, without TensorRT and without a GPU; compiled with 8.6's headers or
 // newer.
 #include <dlfcn.h>
 
@@ -76,10 +76,10 @@ void serialise(Creator& creator, Plugin& plugin) {
     MUST(!creator.deserializePlugin("norm", bytes.data(), bytes.size()));
 }
 
-void configure(Plugin& plugin, std::vector<Desc>& in, bool) {
+void configure(Plugin& plugin, std::vector<Desc>& in, bool, int32_t inputs = 4) {
     std::vector<DynamicPluginTensorDesc> all(in.size());
     for (size_t i = 0; i < in.size(); i++) all[i].desc = in[i];
-    plugin.configurePlugin(all.data(), 4, all.data() + 4, 1);  // what is wrong is only logged
+    plugin.configurePlugin(all.data(), inputs, all.data() + inputs, 1);  // what is wrong is only logged
 }
 
 #else
@@ -121,8 +121,8 @@ void serialise(Creator& creator, Plugin& plugin) {
     end(copy);
 }
 
-void configure(Plugin& plugin, std::vector<Desc>& in, bool good) {
-    MUST((build_side(plugin).configurePlugin(in.data(), 4, in.data() + 4, 1) == 0) == good);
+void configure(Plugin& plugin, std::vector<Desc>& in, bool good, int32_t inputs = 4) {
+    MUST((build_side(plugin).configurePlugin(in.data(), inputs, in.data() + inputs, 1) == 0) == good);
 }
 
 #endif
@@ -149,7 +149,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 1 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 2 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -226,5 +226,52 @@ int main(int, char** arguments) {
     MUST(refused([](Given& g) { g.fields.pop_back(); }));
     MUST(refused([](Given& g) { g.fields.push_back({"colour", &g.row, PluginFieldType::kINT32, 1}); }));
     MUST(refused([](Given& g) { g.fields[4] = {"epsilon", &g.epsilon, PluginFieldType::kFLOAT64, 1}; }));
+
+    auto& attention = *static_cast<Creator*>(entry(count)[1]);
+    MUST(!std::strcmp(attention.getPluginName(), "CannyAttention") && attention.getFieldNames()->nbFields == 4);
+    struct Heads : Given {
+        int32_t heads = 8, joined = 1;
+        float scale = 0.125f;
+        Heads() {
+            fields = {
+                {"version", &version, PluginFieldType::kINT32, 1},
+                {"heads", &heads, PluginFieldType::kINT32, 1},
+                {"joined", &joined, PluginFieldType::kINT32, 1},
+                {"scale", &scale, PluginFieldType::kFLOAT32, 1}
+            };
+        }
+    };
+    Heads joined, apart, wrong;
+    apart.joined = 0;
+    Plugin *one = create(attention, joined), *three = create(attention, apart);
+    MUST(one && three);
+    auto fits = [&](Plugin* which, DataType type, TensorFormat format, int32_t inputs) {
+        for (int i = 0; i < inputs + 1; i++) describe(i, dims({2, 96, 960}), type, format);
+        for (int32_t i = 0; i < inputs + 1; i++)
+            if (!build_side(*which).supportsFormatCombination(i, tensors.data(), inputs, 1)) return false;
+        return true;
+    };
+    MUST(fits(one, half, linear, 1) && fits(three, half, linear, 3));
+    MUST(!fits(one, half, linear, 3) && !fits(one, single, linear, 1) && !fits(three, half, last8, 3));
+    describe(0, dims({2, 96, 960}), half, linear);
+    configure(*one, tensors, true, 1);
+    describe(0, dims({2, 96, 959}), half, linear);
+    configure(*one, tensors, false, 1);
+    describe(0, dims({2, 96, 960}), half, linear);
+    configure(*three, tensors, false, 3);  // heads of 120
+    for (int i = 0; i < 3; i++) describe(i, dims({2, i ? 77 : 96, 640}), half, linear);
+    configure(*three, tensors, true, 3);
+    describe(2, dims({2, 76, 640}), half, linear);
+    configure(*three, tensors, false, 3);
+    end(one);
+    end(three);
+    wrong.heads = 0;
+    MUST(!create(attention, wrong));
+    wrong.heads = 8, wrong.joined = 3;
+    MUST(!create(attention, wrong));
+    wrong.joined = 1, wrong.scale = -1.f;
+    MUST(!create(attention, wrong));
+    wrong.fields = given.fields;
+    MUST(!create(attention, wrong));
     std::printf("all as it must be\n");
 }

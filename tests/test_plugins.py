@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 
+from bench.attention import attentions
 from plugins import build as building
 from plugins import load as loading
 from plugins.build import build, find_headers, find_nvcc
-from plugins.call import GroupNorm, open_library, plan
+from plugins.call import Attention, GroupNorm, open_library, plan
 from plugins.load import PluginError
 from runtime.manifest import Manifest
-from trt_builder.config import Options
+from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
+from trt_builder.random_weights import random_weights
+from trt_builder.stages import define
+from trt_builder.weights import Weights, expected_shapes
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -196,19 +200,47 @@ def test_the_builder_gives_the_plugin_its_fields(strongly_typed: bool) -> None:
         add_plugin_v2=lambda inputs, plugin: ("v2", inputs, plugin),
         add_plugin_v3=lambda inputs, shapes, plugin: ("v3", inputs, plugin),
     )
-    own = recording(strongly_typed, creator).group_norm_plugin(320, 99, Options(group_norm="own"))
-    assert own is not None and own.takes_row
+    flavour = recording(strongly_typed, creator)
+    assert flavour.group_norm_plugin(320, 99, Options(group_norm="own")) == "own"
     for inputs, row in ((["x", "scale", "bias"], 0), (["x", "scale", "bias", "row"], 1)):
-        version = "v3" if strongly_typed else "v2"
-        assert own.add(network, inputs, "a/b", 32, 1e-6, True) == (version, inputs, "plugin")
+        version, given = "v3" if strongly_typed else "v2", {"groups": 32, "silu": 1, "row": row, "epsilon": 1e-6}
+        assert flavour.add_own(network, "CannyGroupNorm", inputs, "a/b", **given) == (version, inputs, "plugin")
         name, fields, *phase = calls[-1]
         assert name == "a/b" and phase == (["build"] if strongly_typed else [])
         assert all(dtype == kind for _, _, dtype, kind in fields)
         values = {field: value for field, value, _, _ in fields}
         assert values.pop("epsilon") == pytest.approx(1e-6)
         assert values == {"version": 1, "groups": 32, "silu": 1, "row": row}
-    with pytest.raises(FlavourError, match="of our own: it was not loaded"):
+    with pytest.raises(FlavourError, match="no plugin CannyGroupNorm: it was not loaded"):
         recording(strongly_typed, None).group_norm_plugin(320, 2, Options(group_norm="own"))
+
+
+def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-attentions as one product of three times the width, cross-attentions as three tensors, each head 1/√width."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
+    flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
+    calls: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []
+
+    def add_own(self: Any, network: Any, plugin: str, inputs: Any, name: str, **fields: Any) -> Any:
+        assert plugin == "CannyAttention"
+        calls.append(([tuple(x.shape) for x in inputs], fields))
+        batch, tokens, channels = inputs[0].shape
+        return network.add_slice(inputs[0], (0, 0, 0), (batch, tokens, channels // (4 - len(inputs) or 1)), (1, 1, 1))
+
+    monkeypatch.setattr(Flavour, "has_attention_plugin", lambda self, width, options: True)
+    monkeypatch.setattr(Flavour, "add_own", add_own)
+    network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
+    weights = Weights.from_dict(random_weights(expected_shapes(config), 0))
+    define("unet_encoder", network, flavour, config, weights, shape, Options(attention="own"))
+    weights.release()
+    wanted = [a for a, count in attentions(config, shape).items() for _ in range(count)]
+    assert {len(shapes) for shapes, _ in calls} == {1, 3}
+    for shapes, fields in calls:
+        joined, width = len(shapes) == 1, shapes[0][2] // fields["heads"]
+        batch, tokens, keys = shapes[0][0], shapes[0][1], shapes[-1][1]
+        width //= 3 if joined else 1
+        assert Attention(batch, fields["heads"], tokens, keys, width, joined) in wanted
+        assert fields["joined"] == joined and fields["scale"] == pytest.approx(width**-0.5)
 
 
 @pytest.fixture(scope="module", params=["8.6", "10+"])
@@ -242,7 +274,9 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
     assert done.stdout.splitlines()[-1] == "all as it must be"
     for sentence in (
         "it has no field colour", "the field epsilon is missing", "its fields are of version 2", "groups is 0",
-        "epsilon is nan", "silu is 7", "row is 2", "must be one number, given once",
+        "epsilon is nan", "silu is 7", "row is 2", "must be one float, given once", "heads is 0", "joined is 3",
+        "scale is -1", "CannyAttention: it has no field groups", "its heads are 120 wide",
+        "k and v must have the shape (2, S, 640)",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence
 

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add("--flavour", choices=("tensorrt", "tensorrt_rtx"), help="which TensorRT (the first one installed)")
     add("--target", default="", help="what tensorrt_rtx builds for, such as sm86,sm89 (the GPU here; without one, all)")
     add("--stages", default=",".join(STAGES), help="(%(default)s)")
-    add("--attention", choices=("fused", "plain"), default="fused", help="(%(default)s)")
+    add("--attention", choices=("fused", "plain", "own"), default="fused", help="(%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")

@@ -343,7 +343,8 @@ class Options:
     """How the networks are defined; each is a switch so that its gain can be measured.
 
     precision: of weights, feature maps and matrix products; the guidance and the update stay in float32.
-    attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax.
+    attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax, "own"
+        the plugin of plugins/ where it serves, else the fused form.
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
@@ -351,7 +352,7 @@ class Options:
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"
-    attention: Literal["fused", "plain"] = "fused"
+    attention: Literal["fused", "plain", "own"] = "fused"
     qkv: Literal["joined", "apart"] = "joined"
     shared_prefix: bool = True
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
@@ -368,7 +369,7 @@ class Options:
 
 def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "precision", ("fp16", "fp32")
-    yield "attention", ("fused", "plain")
+    yield "attention", ("fused", "plain", "own")
     yield "qkv", ("joined", "apart")
     yield "shared_prefix", (True, False)
     yield "group_norm", ("auto", "own", "builtin", "native")

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from plugins.load import FIELDS_VERSION, GROUP_NORM, VERSION, load
+from plugins.load import ATTENTION, ATTENTION_WIDTHS, FIELDS_VERSION, GROUP_NORM, VERSION, load
 from trt_builder.config import Options
 
 if TYPE_CHECKING:
@@ -40,17 +40,6 @@ BUILT_IN_ROWS = 32
 
 class FlavourError(ValueError):
     """A flavour that is not installed, or cannot do what is asked; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class GroupNormPlugin:
-    """A GroupNorm(+SiLU) plugin.
-
-    add: takes network, inputs (x, scale, bias and, where it `takes_row`, a row), name, groups, epsilon, SiLU or not.
-    """
-
-    add: Callable[..., tensorrt.ILayer]
-    takes_row: bool
 
 
 @dataclass(frozen=True)
@@ -145,21 +134,19 @@ class Flavour:
                 layer.mask = mask
         return layer
 
-    def group_norm_plugin(self, channels: int, rows: int, options: Options) -> GroupNormPlugin | None:
-        """The GroupNorm(+SiLU) plugin for this many channels and rows; None where TensorRT's own layer serves.
+    def group_norm_plugin(self, channels: int, rows: int, options: Options) -> Literal["own", "builtin"] | None:
+        """Which GroupNorm(+SiLU) plugin serves this many channels and rows; None where TensorRT's own layer does.
 
         Raises FlavourError where a plugin is demanded and cannot be had.
         """
         if options.group_norm == "native":
             return None
         if options.group_norm == "own":
-            if self.rtx or self._creator(GROUP_NORM, VERSION) is None:
-                why = "TensorRT-RTX takes no plugins" if self.rtx else "it was not loaded"
-                raise FlavourError(f"there is no GroupNorm plugin of our own: {why}; use the option group_norm=auto")
-            return GroupNormPlugin(self._add_own, takes_row=True)
+            self._need(GROUP_NORM, "group-norm")
+            return "own"
         reason = self._no_built_in(channels, rows, options)
         if reason is None:
-            return GroupNormPlugin(self._add_built_in, takes_row=False)
+            return "builtin"
         if options.group_norm == "builtin":
             raise FlavourError(f"there is no built-in GroupNorm: {reason}; use the option group_norm=auto or native")
         if not self.rtx:
@@ -171,11 +158,10 @@ class Flavour:
 
         Raises FlavourError or PluginError where they cannot be had.
         """
-        if options.group_norm != "own":
-            return {}
-        if self.rtx:
-            raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm")
-        return {GROUP_NORM: load(self.trt).source}
+        needed = [GROUP_NORM] * (options.group_norm == "own") + [ATTENTION] * (options.attention == "own")
+        if needed and self.rtx:
+            raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
+        return dict.fromkeys(needed, load(self.trt).source) if needed else {}
 
     def _no_built_in(self, channels: int, rows: int, options: Options) -> str | None:
         if self.rtx:
@@ -200,16 +186,16 @@ class Flavour:
         registry = self.trt.get_plugin_registry()
         return (registry.get_creator if self.strongly_typed else registry.get_plugin_creator)(name, version, "")
 
-    def _add_built_in(
+    def add_built_in(
         self,
         network: tensorrt.INetworkDefinition,
         inputs: Sequence[tensorrt.ITensor],
         name: str,
-        groups: int,
         epsilon: float,
         silu: bool,
     ) -> tensorrt.ILayer:
-        trt_, kinds = self.trt, self.trt.PluginFieldType  # it knows 32 groups only
+        """Add TensorRT 8.6's own GroupNorm plugin over x, scale and bias; it knows 32 groups only."""
+        trt_, kinds = self.trt, self.trt.PluginFieldType
         fields = [
             trt_.PluginField("epsilon", np.array([epsilon], np.float32), kinds.FLOAT32),
             trt_.PluginField("bSwish", np.array([silu], np.int32), kinds.INT32),
@@ -217,25 +203,44 @@ class Flavour:
         plugin = self._built_in().create_plugin(name, trt_.PluginFieldCollection(fields))
         return network.add_plugin_v2(list(inputs), plugin)
 
-    def _add_own(
+    def has_attention_plugin(self, width: int, options: Options) -> bool:
+        """Whether our attention plugin serves heads of this width.
+
+        Raises FlavourError where it is demanded and cannot be had at all.
+        """
+        if options.attention != "own":
+            return False
+        self._need(ATTENTION, "attention")
+        if width in ATTENTION_WIDTHS and options.precision == "fp16":
+            return True
+        _say_once(f"attention with {options.precision} heads of {width} is TensorRT's own: the plugin has no kernel for it")
+        return False
+
+    def _need(self, plugin: str, option: str) -> None:
+        if self.rtx or self._creator(plugin, VERSION) is None:
+            why = "TensorRT-RTX takes no plugins" if self.rtx else "it was not loaded"
+            raise FlavourError(f"there is no plugin {plugin}: {why}; use another --{option}")
+
+    def add_own(
         self,
         network: tensorrt.INetworkDefinition,
+        plugin: str,
         inputs: Sequence[tensorrt.ITensor],
         name: str,
-        groups: int,
-        epsilon: float,
-        silu: bool,
+        **numbers: float,
     ) -> tensorrt.ILayer:
+        """Add one of our plugins with its fields, int32 or float as the number is an int or a float."""
         trt_, kinds = self.trt, self.trt.PluginFieldType
-        numbers = {"version": FIELDS_VERSION, "groups": groups, "silu": int(silu), "row": int(len(inputs) > 3)}
-        fields = [trt_.PluginField(key, np.array([value], np.int32), kinds.INT32) for key, value in numbers.items()]
-        fields.append(trt_.PluginField("epsilon", np.array([epsilon], np.float32), kinds.FLOAT32))
-        collection = trt_.PluginFieldCollection(fields)
-        creator = self._creator(GROUP_NORM, VERSION)
+        fields = []
+        for field, value in {"version": FIELDS_VERSION, **numbers}.items():
+            whole = isinstance(value, int)
+            array = np.array([value], np.int32 if whole else np.float32)
+            fields.append(trt_.PluginField(field, array, kinds.INT32 if whole else kinds.FLOAT32))
+        collection, creator = trt_.PluginFieldCollection(fields), self._creator(plugin, VERSION)
         if not self.strongly_typed:
             return network.add_plugin_v2(list(inputs), creator.create_plugin(name, collection))
-        plugin = creator.create_plugin(name, collection, trt_.TensorRTPhase.BUILD)
-        return network.add_plugin_v3(list(inputs), [], plugin)
+        made = creator.create_plugin(name, collection, trt_.TensorRTPhase.BUILD)
+        return network.add_plugin_v3(list(inputs), [], made)
 
     # -- driving a builder --------------------------------------------------------------------------------------------
 

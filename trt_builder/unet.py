@@ -10,6 +10,7 @@ from trt_builder.layers import (
     Net,
     add,
     attention,
+    attention_over_itself,
     chunk,
     concat,
     conv,
@@ -20,7 +21,6 @@ from trt_builder.layers import (
     match_batch,
     mul,
     reshape,
-    self_qkv,
     upsample_nearest,
 )
 
@@ -53,8 +53,7 @@ def feed_forward(net: Net, x: trt.ITensor) -> trt.ITensor:
 
 def self_attention(net: Net, x: trt.ITensor, heads: int) -> trt.ITensor:
     """Attention of x (B, T, C) over itself."""
-    q, k, v = self_qkv(net, x, ("to_q", "to_k", "to_v"))
-    return linear(net.at("to_out.0"), attention(net, q, k, v, heads))
+    return linear(net.at("to_out.0"), attention_over_itself(net, x, heads, ("to_q", "to_k", "to_v")))
 
 
 def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
