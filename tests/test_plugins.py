@@ -216,7 +216,7 @@ def test_the_builder_gives_the_plugin_its_fields(strongly_typed: bool) -> None:
 
 
 def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-attentions as one product of three times the width, cross-attentions as three tensors, each head 1/√width."""
+    """Self-attentions are one product of three times the width, cross-attentions three tensors; all scale by 1/√width."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
     flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
     calls: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []
@@ -225,7 +225,7 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
         assert plugin == "CannyAttention"
         calls.append(([tuple(x.shape) for x in inputs], fields))
         batch, tokens, channels = inputs[0].shape
-        return network.add_slice(inputs[0], (0, 0, 0), (batch, tokens, channels // (4 - len(inputs) or 1)), (1, 1, 1))
+        return network.add_slice(inputs[0], (0, 0, 0), (batch, tokens, channels // (4 - len(inputs))), (1, 1, 1))
 
     monkeypatch.setattr(Flavour, "has_attention_plugin", lambda self, width, options: True)
     monkeypatch.setattr(Flavour, "add_own", add_own)

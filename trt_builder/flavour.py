@@ -213,7 +213,7 @@ class Flavour:
         self._need(ATTENTION, "attention")
         if width in ATTENTION_WIDTHS and options.precision == "fp16":
             return True
-        _say_once(f"attention with {options.precision} heads of {width} is TensorRT's own: the plugin has no kernel for it")
+        _say_once(f"attention of {options.precision} heads {width} wide is TensorRT's own: the plugin has none for it")
         return False
 
     def _need(self, plugin: str, option: str) -> None:
