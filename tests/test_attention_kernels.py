@@ -73,10 +73,10 @@ def test_the_order_of_threads_changes_no_bit(emulator: Any, attention: Attention
     ("find", "put"),
     [
         ("__syncthreads();", ""),
-        ("copies_wait<0>();", "copies_wait<1>();"),
-        ("s[n][i] = kFar;", "s[n][i] = 0.f;"),
-        ("y[n][0] *= shrink.x, y[n][1] *= shrink.x;", ""),
-        ("block.clear_padding();", ""),
+        pytest.param("copies_wait<0>();", "copies_wait<1>();", marks=pytest.mark.slow),
+        pytest.param("s[n][i] = kFar;", "s[n][i] = 0.f;", marks=pytest.mark.slow),
+        pytest.param("y[n][0] *= shrink.x, y[n][1] *= shrink.x;", "", marks=pytest.mark.slow),
+        pytest.param("block.clear_padding();", "", marks=pytest.mark.slow),
     ],
 )
 def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> None:

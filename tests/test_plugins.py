@@ -216,7 +216,7 @@ def test_the_builder_gives_the_plugin_its_fields(strongly_typed: bool) -> None:
 
 
 def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-attentions are one product of three times the width, cross-attentions three tensors; all scale by 1/√width."""
+    """Self-attentions are one product of three times the width, cross-attentions three tensors; scaled by 1/√width."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
     flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
     calls: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []
