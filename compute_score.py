@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,32 +20,20 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from bench.output import RESULTS, OutputError, check_output, output_folder
-from bench.report import (
-    MADE_BY,
-    PD_LIMIT,
-    SCHEMA,
-    PictureResult,
-    machine,
-    result_table,
-    short_path,
-    show_time,
-    summarize,
-    versions,
-    write_json,
-)
+from bench.output import OutputError, check_output, ignoring_signals, output_folder
+from bench.report import PD_LIMIT, RESULTS, PictureResult, comparison_table, result_table, write_reports
 from runtime.images import ImageError, canny_hint, read_image, resize_image
 from runtime.manifest import EngineError
-from runtime.schedule import Schedule, ddim_timesteps
+from runtime.schedule import Schedule, ddim_timesteps, every_schedule
 
 if TYPE_CHECKING:  # these import torch or matplotlib, which a mistyped option need not wait for
-    from bench.figures import SheetColumn
     from bench.measure import Input, Pipeline, Tell
     from runtime import Canny2Image
 
 ROOT = Path(__file__).resolve().parent
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 RESOLUTIONS = {"tiny": 128}
+MOST_SAMPLES = 1000  # in one batch: far beyond any GPU's memory
 LARGEST = {"strength": 10, "scale": 100}  # far beyond use: larger ones overflow, and black equals black at PD 0
 NEGATIVE = (
     "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, "
@@ -59,14 +47,26 @@ class BadInput(ValueError):
     """What was asked for cannot be done; the text is one sentence."""
 
 
+class Interrupted(Exception):
+    """The run was stopped, and what was finished is kept; the text is one sentence."""
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message} (see --help).")
 
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options of a command line; argparse itself takes "--steps=--" for an empty list."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word}: expected one argument")
+        return self.parse_args(words)
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Every option, with the competition's parameters as defaults."""
     make = Parser(
         prog="compute_score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", type=Path, help="the model's weights (its usual place)")
     add("--backend", choices=("auto", "torch", "tensorrt"), default="auto", help="of the candidate (%(default)s)")
     add("--engines", type=Path, help="the folder of TensorRT engines, or one that holds several (engines/)")
-    add("--schedule", default="hackathon-10", help="a name, steps as 19,18,4 or a .yaml file (%(default)s)")
+    add("--schedule", default="hackathon-10", help="a name, all names, steps as 19,18,4 or a .yaml file (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where PyTorch runs (%(default)s)")
     add = make.add_argument_group("what to do with the result").add_argument
     add("--output", type=Path, default=Path("score"), help="folder; an earlier run there is replaced (%(default)s)")
@@ -108,13 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0, 1 with --strict where a picture failed or is missing, 2 for bad input, 130 when stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown ends no run
     handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
-        options = parser().parse_args(argv)
+        options = parser().parse(argv)
         passed = score_only(options) if options.score_only or options.reference else benchmark(options)
     except KeyboardInterrupt:
         print("compute_score: stopped, and nothing was written.", file=sys.stderr)
+        return 130
+    except Interrupted as stopped:
+        print(f"compute_score: {stopped}", file=sys.stderr)
         return 130
     except (BadInput, EngineError, ImageError, OutputError, OSError) as error:
         print(f"compute_score: {sentence(error)}", file=sys.stderr)
@@ -146,8 +152,9 @@ def benchmark(options: argparse.Namespace) -> bool:
         check_numbers(options)
         if options.resolution is None:
             options.resolution = RESOLUTIONS.get(options.model, 256)
-        schedule = Schedule.parse(options.schedule, options.steps)
-        schedule.updates(options.eta)
+        compared = options.schedule == "all"
+        schedules = every_schedule(options.steps) if compared else [Schedule.parse(options.schedule, options.steps)]
+        schedules[0].updates(options.eta)
         inputs = check_pictures(options)
         paths = [item.path for item in inputs] + [path for path in (options.weights, options.engines) if path]
         check_output(options.output, paths)
@@ -156,7 +163,7 @@ def benchmark(options: argparse.Namespace) -> bool:
 
         inception = InceptionFeatures()  # on the CPU, so that a score does not depend on the GPU
         device = choose_device(options)
-        reference, candidate, engines = load_pipelines(options, schedule, device, inputs)
+        reference, candidates, engines = load_pipelines(options, schedules, device, inputs)
     arguments = {
         "prompt": options.prompt,
         "a_prompt": options.added_prompt,
@@ -174,33 +181,42 @@ def benchmark(options: argparse.Namespace) -> bool:
     }
     from torch import OutOfMemoryError
 
-    total = 2 * (len(inputs) + len({item.size for item in inputs}))
+    total = (1 + len(schedules)) * (len(inputs) + len({item.size for item in inputs}))
+    told = [{"name": s.name, "taken": len(ddim_timesteps(s.steps)), "evaluated": list(s.evaluated)} for s in schedules]
     facts: dict[str, Any] = {
         "model": options.model,
         "backend": "tensorrt" if engines else "torch",
         "device": device,
-        "schedule": {
-            "name": schedule.name,
-            "taken": len(ddim_timesteps(schedule.steps)),
-            "evaluated": list(schedule.evaluated),
-        },
+        "schedule": told if compared else told[0],
     }
     if engines:
         facts["engines"] = engines.about()
-    title = f"canny2image · {Path(options.model).stem} · {schedule.name}"
+    title = f"canny2image · {Path(options.model).stem} · {'schedules' if compared else schedules[0].name}"
     try:
-        with output_folder(options.output) as folder:
+        with ignoring_signals() as ignore, output_folder(options.output) as folder:
             with progress(total) as tell:
-                results, columns = measure(inputs, reference, candidate, arguments, inception, folder, tell)
-            summary = write_reports(folder, options, facts, results, columns, title)
+                found, columns = measure(inputs, reference, candidates, arguments, inception, folder, tell)
+            ignore()  # from here on stopping would lose every picture, to win a second or two
+            results = next(iter(found.values()))
+            facts |= {"interrupted": len(results) < len(inputs), "asked": len(inputs)}
+            summaries = write_reports(folder, options, facts, found, columns, title)
     except OutOfMemoryError:
         advice = "take a smaller --resolution or fewer --samples, or --device cpu."
         raise BadInput(f"the GPU has not enough memory: {advice}") from None
     finally:
         if engines:
             engines.close()
-    show(options, results, summary)
-    return not summary["failed"]
+    if compared:
+        Console().print(
+            comparison_table(summaries, {s.name: f"{len(s.evaluated)} of {len(s.rules)}" for s in schedules})
+        )
+        print(f"All of it is in {options.output}.")
+    else:
+        show(options, results, summaries["candidate"])
+    if facts["interrupted"]:
+        made = f"{len(results)} of {len(inputs)} pictures"
+        raise Interrupted(f"stopped after {made}; they are in {options.output}, and {RESULTS} says so.")
+    return not any(summary["failed"] for summary in summaries.values())
 
 
 def score_only(options: argparse.Namespace) -> bool:
@@ -228,7 +244,8 @@ def score_only(options: argparse.Namespace) -> bool:
         with progress(len(both)) as tell:
             results, columns = score_pairs(both, options.score_only, options.reference, inception, tell)
         title = f"{options.score_only} against {options.reference}"
-        summary = write_reports(folder, options, {"missing": missing}, results, columns, title)
+        found = {"candidate": results}
+        summary = write_reports(folder, options, {"missing": missing}, found, columns, title)["candidate"]
     show(options, results, summary)
     return not summary["failed"] and not any(missing.values())
 
@@ -240,8 +257,8 @@ def check_numbers(options: argparse.Namespace) -> None:
     if options.model not in ("tiny", "sd15") and not Path(options.model).is_file():
         raise BadInput(f"there is no model description {options.model}.")
     ddim_timesteps(options.steps)  # before the schedule, which would only say that this is not its number of steps
-    if options.samples < 1:
-        raise BadInput(f"--samples is {options.samples}, but must be at least 1.")
+    if not 1 <= options.samples <= MOST_SAMPLES:
+        raise BadInput(f"--samples is {options.samples}, but must lie between 1 and {MOST_SAMPLES}.")
     if not 0 <= options.seed < 2**64:
         raise BadInput(f"--seed is {options.seed}, but must lie between 0 and 2^64 - 1.")
     for name, most in LARGEST.items():
@@ -306,17 +323,19 @@ def choose_device(options: argparse.Namespace) -> str:
 
 
 def load_pipelines(
-    options: argparse.Namespace, schedule: Schedule, device: str, inputs: Sequence[Input]
-) -> tuple[Pipeline, Pipeline, Canny2Image | None]:
-    """Reference and candidate on one set of weights, and the candidate again where TensorRT makes its pictures."""
-    from bench.candidate import tensorrt_candidate
+    options: argparse.Namespace, schedules: Sequence[Schedule], device: str, inputs: Sequence[Input]
+) -> tuple[Pipeline, dict[str, Pipeline], Canny2Image | None]:
+    """Reference and candidates on one set of weights, and what makes the candidates' pictures where TensorRT does."""
+    from bench.candidate import Scheduled, tensorrt_candidate
     from cldm.canny2image import Reference, Staged, load_model
 
     shapes = [(item.height, item.width, options.samples) for item in inputs]
     chosen = options.backend, options.engines, options.model, options.weights
-    engines = tensorrt_candidate(*chosen, schedule, shapes)
+    engines = tensorrt_candidate(*chosen, schedules, shapes)
     model = load_model(options.model, options.weights, device)
-    return Reference(model), engines or Staged(model, schedule), engines
+    made = [Scheduled(engines, schedule) if engines else Staged(model, schedule) for schedule in schedules]
+    names = [schedule.name for schedule in schedules] if options.schedule == "all" else ["candidate"]
+    return Reference(model), dict(zip(names, made, strict=True)), engines
 
 
 @contextmanager
@@ -332,48 +351,6 @@ def progress(total: int) -> Iterator[Tell]:
                 bar.update(task, description=escape(what))
 
         yield tell
-
-
-def write_reports(
-    folder: Path,
-    options: argparse.Namespace,
-    facts: dict[str, Any],
-    results: list[PictureResult],
-    columns: list[SheetColumn],
-    title: str,
-) -> dict[str, Any]:
-    """Write results.json, contact.png and, where latencies were taken, plot.png into `folder`; returns the summary."""
-    from bench.figures import contact_sheet, score_plot
-
-    summary, here = summarize(results), machine()
-    told = [f"{len(results)} picture{'s' * (len(results) != 1)}", f"median PD {summary['pd']['median']:.2f}"]
-    if summary["speed_up"]:
-        told.insert(0, f"{len(facts['schedule']['evaluated'])} of {facts['schedule']['taken']} steps")
-        times = [show_time(summary[f"{role}_ms"]["median"]) for role in ("candidate", "reference")]
-        chip = here["gpu"]["name"] if facts["device"] == "cuda" else f"{here['cpu']}, {here['cores']} cores"
-        told.append(f"{times[0]} a picture against {times[1]}, speed-up {summary['speed_up']:.2f}×\n{chip}")
-        score_plot(folder / "plot.png", results, title, " · ".join(told))
-    contact_sheet(folder / "contact.png", columns, title, " · ".join(told), len(results))
-    content = {
-        "made_by": MADE_BY,
-        "schema": SCHEMA,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **facts,
-        "options": {name: plain(value) for name, value in vars(options).items()},
-        "versions": versions(),
-        "machine": here,
-        "summary": summary,
-        "pictures": [result.as_dict() for result in results],
-    }
-    write_json(folder / RESULTS, content)
-    return summary
-
-
-def plain(value: Any) -> Any:
-    """An option as JSON knows it."""
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    return short_path(value) if isinstance(value, Path) else value
 
 
 def show(options: argparse.Namespace, results: list[PictureResult], summary: dict[str, Any]) -> None:

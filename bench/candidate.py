@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from models import find_weights
 from runtime.engine import gpu
 from runtime.pipeline import Canny2Image, usable
 from runtime.schedule import Schedule
+from runtime.session import PipelineOptions
 
 ENGINES = Path(__file__).resolve().parent.parent / "engines"
 
@@ -20,13 +24,14 @@ def tensorrt_candidate(
     engines: Path | None,
     model: str,
     weights: Path | None,
-    schedule: Schedule,
+    schedules: Sequence[Schedule],
     shapes: Iterable[tuple[int, int, int]],
 ) -> Canny2Image | None:
     """The TensorRT pipeline, or None where PyTorch makes the candidate's pictures.
 
     backend: "tensorrt", "torch", or "auto", which takes TensorRT where there are a GPU and fitting engines, and says
-    so. shapes: height, width and samples of all pictures to come. Raises ValueError where TensorRT is asked for and
+    so. It begins with the first of the schedules and keeps all of them. shapes: height, width and samples of all
+    pictures to come. Raises ValueError where TensorRT is asked for and
     cannot make them.
     """
     if backend == "torch":
@@ -40,7 +45,7 @@ def tensorrt_candidate(
                 log.warning("PyTorch makes the candidate's pictures: there is no GPU, or no engine in %s.", engines)
             return None
         try:
-            pipeline = open_pipeline(folder, model, weights, schedule, shapes)
+            pipeline = open_pipeline(folder, model, weights, schedules, shapes)
         except ValueError as error:
             log.warning("PyTorch makes the candidate's pictures, because %s", error)
             return None
@@ -48,14 +53,30 @@ def tensorrt_candidate(
         return pipeline
     if gpu() is None:
         raise ValueError("--backend tensorrt needs an NVIDIA GPU, and cuda-python sees none here: use --backend torch.")
-    return open_pipeline(engines or ENGINES, model, weights, schedule, shapes)
+    return open_pipeline(engines or ENGINES, model, weights, schedules, shapes)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """The TensorRT pipeline by one of its schedules."""
+
+    pipeline: Canny2Image
+    schedule: Schedule
+
+    def process(self, *arguments: Any, **named: Any) -> list[Any]:
+        """As `Canny2Image.process`."""
+        self.pipeline.schedule = self.schedule
+        return self.pipeline.process(*arguments, **named)
 
 
 def open_pipeline(
-    folder: Path, model: str, weights: Path | None, schedule: Schedule, shapes: Iterable[tuple[int, int, int]]
-) -> Canny2Image:
+    folder: Path, model: str, weights: Path | None, schedules: Sequence[Schedule],
+    shapes: Iterable[tuple[int, int, int]],
+) -> Canny2Image:  # fmt: skip
     """The pipeline of a folder; ValueError where it is not for these weights or lacks a shape."""
-    pipeline = Canny2Image(folder, schedule, model=model)
+    usual = PipelineOptions()
+    options = replace(usual, schedules=max(usual.schedules, len(schedules)))
+    pipeline = Canny2Image(folder, schedules[0], options, model)
     try:
         for shape in shapes:
             pipeline.manifest_of(*shape)
@@ -68,21 +89,21 @@ def open_pipeline(
 
 def check_weights(pipeline: Canny2Image, model: str, weights: Path | None) -> None:
     """Raise ValueError unless the engines were built from the weights that the reference is given."""
-    from safetensors import safe_open
-
-    from cldm.canny2image import KNOWN
     from trt_builder.__main__ import file_sha256
+    from trt_builder.convert import source_of
 
-    places = [weights] if weights else KNOWN[model][1] if model in KNOWN else []
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
+    try:
+        path = find_weights(model, weights)
+    except FileNotFoundError:
         return  # the reference says so
     manifest = next(iter(pipeline.manifests.values()))
     if path.suffix == ".safetensors" and manifest.weights.startswith("random:"):
-        with safe_open(path, framework="numpy") as file:  # random weights are known by what they were made from
-            digest = (file.metadata() or {}).get("source", "")
+        digest = source_of(path)  # random weights are known by what they were made from
     else:
         digest = file_sha256(path)
+    built_from = Path(manifest.weights)  # what preprocess.py made of a .pth knows that file's SHA-256
+    if digest and digest != manifest.weights_sha256 and source_of(built_from) == digest:
+        digest = file_sha256(built_from)
     if digest != manifest.weights_sha256:
         what = f"{manifest.folder} was built from other weights ({manifest.weights}) than {path}"
         raise ValueError(f"{what}: run {manifest.command()} with --weights {path}.")

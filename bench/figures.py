@@ -24,15 +24,16 @@ DOTS = (110, 200)  # per inch, from small pictures to large
 
 @dataclass(frozen=True)
 class SheetColumn:
-    """One picture on the contact sheet: named rows of (H, W, 3) uint8, and its result."""
+    """One picture on the contact sheet: named rows of (H, W, 3) uint8, and the results of rows that have one."""
 
-    result: PictureResult
+    results: dict[str, PictureResult]
     rows: dict[str, NDArray[np.uint8]]
 
 
 def contact_sheet(path: Path, columns: Sequence[SheetColumn], title: str, subtitle: str, total: int) -> None:
-    """Draw every picture as a column (input, edges, reference, candidate) with its PD below it, into a PNG file.
+    """Draw every picture as a column (input, edges, reference, candidates) into a PNG file.
 
+    PD stands below the column, or on the pictures where there are several candidates.
     The first 50 are shown, and where `total`, the number of all pictures, is larger, that is said.
     Raises OSError where the file cannot be written.
     """
@@ -50,33 +51,55 @@ def contact_sheet(path: Path, columns: Sequence[SheetColumn], title: str, subtit
     figure = Figure(figsize=(width, height), dpi=min(max(largest / wide, DOTS[0]), DOTS[1]), facecolor="white")
     if total > len(shown):
         title += f" · the first {len(shown)} of {total} pictures"
-    figure.text(0.15 / width, 1 - 0.27 / height, title, size=13, weight="bold", color=INK, va="center")
-    figure.text(0.15 / width, 1 - 0.41 / height, subtitle, size=8.5, color=QUIET, va="top")
+    _text(figure, 0.15 / width, 1 - 0.27 / height, title, size=13, weight="bold", color=INK, va="center")
+    _text(figure, 0.15 / width, 1 - 0.41 / height, subtitle, size=8.5, color=QUIET, va="top")
 
     for index, column in enumerate(shown):
         left = LABEL + (index % across) * (wide + GAP)
         top = height - TITLE - (index // across) * band
-        _centred(figure, left + wide / 2, top - NAME / 2, _short(column.result.name, wide), size=8, color=QUIET)
+        _centred(
+            figure,
+            left + wide / 2,
+            top - NAME / 2,
+            _short(next(iter(column.results.values())).name, wide),
+            size=8,
+            color=QUIET,
+        )
         for row, (name, image) in enumerate(column.rows.items()):
             bottom = top - NAME - row * (high + GAP) - high
             if index % across == 0:
-                figure.text(0.15 / width, (bottom + high / 2) / height, name, size=9, color=INK, va="center")
+                _text(figure, 0.15 / width, (bottom + high / 2) / height, name, size=9, color=INK, va="center")
             axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
             axes.imshow(image, interpolation="lanczos")
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set(color=FAINT, linewidth=0.6)
-        failed = column.result.failed
-        text = f"PD {column.result.pd:.2f}" + (" failed" if failed else "")
-        bottom = top - band + SCORE / 2 + 0.04
-        _centred(figure, left + wide / 2, bottom, text, size=9.5, weight="bold", color=BAD if failed else GOOD)
+            if len(column.results) > 1 and name in column.results:
+                result = column.results[name]
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
+                style: dict[str, Any] = {"color": BAD if result.failed else GOOD, "weight": "bold", "bbox": box}
+                axes.text(0.97, 0.04, f"{result.pd:.2f}", size=8, ha="right", transform=axes.transAxes, **style)
+        if len(column.results) == 1:
+            (result,) = column.results.values()
+            text = f"PD {result.pd:.2f}" + (" failed" if result.failed else "")
+            bottom, colour = top - band + SCORE / 2 + 0.04, BAD if result.failed else GOOD
+            _centred(figure, left + wide / 2, bottom, text, size=9.5, weight="bold", color=colour)
     figure.savefig(path)
 
 
 def _centred(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     width, height = figure.get_size_inches()
-    figure.text(x / width, y / height, text, ha="center", va="center", **style)
+    _text(figure, x / width, y / height, text, ha="center", va="center", **style)
+
+
+def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
+    figure.text(x, y, _drawable(text), parse_math=False, **style)
+
+
+def _drawable(text: str) -> str:
+    """The text without the lone surrogates that stand for a file name's odd bytes: matplotlib does not take them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _short(name: str, inches: float) -> str:
@@ -84,8 +107,8 @@ def _short(name: str, inches: float) -> str:
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
-def score_plot(path: Path, results: Sequence[PictureResult], title: str, subtitle: str) -> None:
-    """Plot PD against the latency of the candidate, one point a picture and the medians, into a PNG file.
+def score_plot(path: Path, results: Sequence[PictureResult], title: str, subtitle: str, medians: bool = True) -> None:
+    """Plot PD against the latency of the candidate, one point a picture and the `medians`, into a PNG file.
 
     All results must be timed. Raises OSError where the file cannot be written.
     """
@@ -95,8 +118,8 @@ def score_plot(path: Path, results: Sequence[PictureResult], title: str, subtitl
     times = times / 1000 if seconds else times
     figure = Figure(figsize=(8, 4.8), dpi=DOTS[1], facecolor="white")
     axes = figure.add_axes((0.075, 0.115, 0.765, 0.68))
-    figure.text(0.075, 0.95, title, size=12, weight="bold", color=INK, va="center")
-    figure.text(0.075, 0.925, subtitle, size=8.5, color=QUIET, va="top")
+    _text(figure, 0.075, 0.95, title, size=12, weight="bold", color=INK, va="center")
+    _text(figure, 0.075, 0.925, subtitle, size=8.5, color=QUIET, va="top")
 
     spread = max(np.ptp(times), 0.04 * times.max())  # a spread of nothing but jitter is not blown up
     middle = (times.max() + times.min()) / 2
@@ -109,7 +132,8 @@ def score_plot(path: Path, results: Sequence[PictureResult], title: str, subtitl
             f"PD {PD_LIMIT:g}: failed above", (0, PD_LIMIT), (4, 3), xycoords=("axes fraction", "data"),
             textcoords="offset points", size=8, color=BAD,
         )  # fmt: skip
-    _mark_median(axes, float(np.median(times)), float(np.median(scores)), seconds)
+    if medians:
+        _mark_median(axes, float(np.median(times)), float(np.median(scores)), seconds)
     axes.scatter(times, scores, s=34, c=[BAD if r.failed else GOOD for r in results], edgecolors="white", zorder=3)
     if len(results) <= 16:
         _name_points(axes, times, scores, [result.name for result in results])
@@ -149,7 +173,7 @@ def _name_points(axes: Axes, times: NDArray[np.float64], scores: NDArray[np.floa
         ceiling = places[index] - step
     for place, index in zip(places, order, strict=True):
         axes.annotate(
-            _short(names[index], 1.3), (times[index], scores[index]), (1.02, place), va="center",
-            textcoords=axes.get_yaxis_transform(), size=8, color=INK, annotation_clip=False,
+            _drawable(_short(names[index], 1.3)), (times[index], scores[index]), (1.02, place), va="center",
+            parse_math=False, textcoords=axes.get_yaxis_transform(), size=8, color=INK, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkB": 4},
         )  # fmt: skip

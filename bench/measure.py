@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,24 +62,50 @@ class Input:
 def measure(
     inputs: Sequence[Input],
     reference: Pipeline,
-    candidate: Pipeline,
+    candidates: Mapping[str, Pipeline],
     arguments: dict[str, Any],
     inception: InceptionFeatures,
     folder: Path,
     tell: Tell,
-) -> tuple[list[PictureResult], list[SheetColumn]]:
-    """Time and score every picture; the pictures are written to reference/ and candidate/ in `folder`.
+) -> tuple[dict[str, list[PictureResult]], list[SheetColumn]]:
+    """Time and score every picture; they are written to reference/ and, by their names, the candidates' folders.
 
     arguments: those of `process` but the picture. The first picture of each size is made once more, before it is
-    timed, to warm up. Returns the results, and the columns of the contact sheet for the first of them.
+    timed, to warm up. Returns each candidate's results, and the columns of the contact sheet for the first of them.
+    A KeyboardInterrupt ends it with the results so far and only their files, and is raised where there are none.
     Raises OSError or ValueError where a picture cannot be written.
     """
-    results: list[PictureResult] = []
-    columns: list[SheetColumn] = []
-    warm: set[tuple[int, int]] = set()
-    pipelines = {"reference": reference, "candidate": candidate}
+    pipelines = {"reference": reference, **candidates}
     for role in pipelines:
         (folder / role).mkdir()
+    found: list[dict[str, PictureResult]] = []
+    columns: list[SheetColumn] = []
+    try:
+        for results, column in _measured(inputs, pipelines, arguments, inception, folder, tell):
+            if len(columns) < MOST:
+                columns.append(column)
+            found.append(results)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        every = [result for results in found for result in results.values()]
+        finished = {name for result in every for name in result.reference_files + result.candidate_files}
+        for file in [path for role in pipelines for path in (folder / role).iterdir()]:
+            if file.relative_to(folder).as_posix() not in finished:
+                file.unlink()
+    return {name: [results[name] for results in found] for name in candidates}, columns[: len(found)]
+
+
+def _measured(
+    inputs: Sequence[Input],
+    pipelines: Mapping[str, Pipeline],
+    arguments: dict[str, Any],
+    inception: InceptionFeatures,
+    folder: Path,
+    tell: Tell,
+) -> Iterator[tuple[dict[str, PictureResult], SheetColumn]]:
+    """Every candidate's result and the column of one picture after the other."""
+    warm: set[tuple[int, int]] = set()
     for item in inputs:
         image = read_image(item.path)
         if (item.height, item.width) not in warm:
@@ -98,25 +124,26 @@ def measure(
             files = [folder / role / name for name in item.files]
             pictures[role] = [_write_and_read(file, picture) for file, picture in zip(files, made, strict=True)]
             tell("", 1)
-        scores = pd_score(inception.features(pictures["reference"]), inception.features(pictures["candidate"]))
-        result = PictureResult(
-            name=item.path.stem,
-            source=short_path(item.path),
-            height=item.height,
-            width=item.width,
-            pd_samples=scores.tolist(),
-            reference_ms=latency["reference"],
-            candidate_ms=latency["candidate"],
-            reference_files=[f"reference/{name}" for name in item.files],
-            candidate_files=[f"candidate/{name}" for name in item.files],
-        )
-        results.append(result)
-        if len(columns) < MOST:
-            resized = resize_image(image, arguments["image_resolution"])
-            edges = canny_hint(resized, arguments["low_threshold"], arguments["high_threshold"])
-            rows = {"input": resized, "edges": edges} | {role: pictures[role][0] for role in pipelines}
-            columns.append(SheetColumn(result, rows))
-    return results, columns
+        features = {role: inception.features(made) for role, made in pictures.items()}
+        results = {
+            role: PictureResult(
+                name=item.path.stem,
+                source=short_path(item.path),
+                height=item.height,
+                width=item.width,
+                pd_samples=pd_score(features["reference"], features[role]).tolist(),
+                reference_ms=latency["reference"],
+                candidate_ms=latency[role],
+                reference_files=[f"reference/{name}" for name in item.files],
+                candidate_files=[f"{role}/{name}" for name in item.files],
+            )
+            for role in pipelines
+            if role != "reference"
+        }
+        resized = resize_image(image, arguments["image_resolution"])
+        edges = canny_hint(resized, arguments["low_threshold"], arguments["high_threshold"])
+        rows = {"input": resized, "edges": edges} | {role: pictures[role][0] for role in pipelines}
+        yield results, SheetColumn(results, rows)
 
 
 def _write_and_read(path: Path, image: Image) -> Image:
@@ -147,6 +174,6 @@ def score_pairs(
         )
         results.append(result)
         if len(columns) < MOST:
-            columns.append(SheetColumn(result, dict(pair)))
+            columns.append(SheetColumn({"candidate": result}, dict(pair)))
         tell("", 1)
     return results, columns

@@ -21,7 +21,9 @@ import numpy as np
 from runtime.engine import check_many, cuda_runtime, gpu
 from runtime.manifest import EngineError, Manifest
 from runtime.pipeline import Canny2Image
+from runtime.schedule import every_schedule
 from runtime.session import PipelineOptions
+from runtime.steps import COND
 
 WARM_UP = 5
 SCHEDULES = ("full", "hackathon-10")
@@ -36,6 +38,7 @@ ABLATIONS = {
     "each step a graph": replace(COMPETITION, graph="step"),
     "no graph": replace(COMPETITION, graph="none"),
     "one stream": replace(COMPETITION, two_streams=False),
+    "hint and time rows in every step": replace(COMPETITION, hoist=False),
     "edges before the text": replace(COMPETITION, overlap=False),
     "activation memory apart": replace(COMPETITION, share_memory=False),
 }
@@ -81,7 +84,9 @@ def measure(folder: Path, given: dict[str, Any], runs: int, say: Callable[[str],
     """One folder: pictures by each schedule with all of their host work, stages, memory and the switches."""
     found: dict[str, Any] = {"pictures": {}, "host_ms": {}, "latents": {}, "made": {}}
     before = used()
-    for schedule in SCHEDULES:
+    others = [s for s in every_schedule(given["ddim_steps"]) if s.name not in SCHEDULES]
+    whole = set(COND) <= Manifest.load(folder).stages.keys()
+    for schedule in (*SCHEDULES, *(s.name for s in others if whole or all(u.evaluation.both for u in s.updates()))):
         say(f"{folder.name}, {schedule}")
         with Canny2Image(folder, schedule, COMPETITION) as pipeline:
             host: list[dict[str, float]] = []
@@ -140,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given["num_samples"] = manifest.shape["samples"]
         here = gpu()
         found = measure(options.engines, given, options.runs, say)
-        arrays = {f"latent/{name}": found["latents"][name] for name in SCHEDULES}
-        arrays |= {f"picture/{name}": found["made"][name] for name in SCHEDULES}
+        arrays = {f"latent/{name}": latent for name, latent in found["latents"].items()}
+        arrays |= {f"picture/{name}": picture for name, picture in found["made"].items()}
         del found["latents"], found["made"]
         ablation: dict[str, Any] = {}
         if not options.no_ablation:

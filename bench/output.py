@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.report import MADE_BY
-
-RESULTS = "results.json"
+from bench.report import MADE_BY, RESULTS
 
 
 class OutputError(ValueError):
@@ -32,16 +33,26 @@ def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
         raise OutputError(f"the output '{output}' is a file: choose a folder.")
     if place.is_dir() and any(place.iterdir()) and not _is_earlier_run(place):
         raise OutputError(f"the folder '{output}' holds files of something else: choose an empty or new one.")
-    parent = place if os.path.ismount(place) else place.parent
+    parent = place if is_mount(place) else place.parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"the output folder '{output}' cannot be written, because '{existing}' does not allow it.")
 
 
+def is_mount(place: Path) -> bool:
+    """Whether something is mounted at a resolved path, also a folder of the same file system, which os.path misses."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return os.path.ismount(place)
+    named = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in lines)
+    return str(place) in named
+
+
 def _is_earlier_run(folder: Path) -> bool:
     try:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("made_by") == MADE_BY
 
@@ -53,7 +64,7 @@ def output_folder(output: Path) -> Iterator[Path]:
     Raises OutputError where it cannot be written or came to hold something else.
     """
     place = output.resolve()
-    mounted = os.path.ismount(place)  # such as a docker volume: it cannot be renamed, so its content is replaced
+    mounted = is_mount(place)  # such as a docker volume: it cannot be renamed, so its content is replaced
     parent = place if mounted else place.parent
     created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
@@ -70,7 +81,9 @@ def output_folder(output: Path) -> Iterator[Path]:
                 _replace_content(place, staging)
             else:
                 _replace_folder(place, staging, Path(temporary, "old"))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(output)  # as where the disk is full
         for folder in created:  # innermost first
             with suppress(OSError):  # never made, or by now in use by someone else
                 folder.rmdir()
@@ -98,3 +111,20 @@ def _replace_content(place: Path, staging: Path) -> None:
     # The results come last: where they are, everything is.
     for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == RESULTS):
         entry.rename(place / entry.name)
+
+
+@contextmanager
+def ignoring_signals() -> Iterator[Callable[[], None]]:
+    """Yields a function after whose call Ctrl-C and SIGTERM are ignored until the block ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()  # signals are of no other thread
+
+    def ignore() -> None:
+        for number in before if here else ():
+            signal.signal(number, signal.SIG_IGN)
+
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items() if here else ():
+            signal.signal(number, handler)

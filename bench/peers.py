@@ -27,10 +27,12 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench.ours import SCHEDULES, arguments, spread, timed  # noqa: E402
+from cldm.canny2image import Staged  # noqa: E402
 from cldm.cldm import ControlLDM  # noqa: E402
 from runtime.images import canny_hint, resize_image  # noqa: E402
 from runtime.manifest import Manifest  # noqa: E402
 from runtime.noise import cuda_randn  # noqa: E402
+from runtime.rules import HISTORY  # noqa: E402
 from runtime.schedule import Schedule  # noqa: E402
 from runtime.tokenizer import tokenize  # noqa: E402
 from trt_builder.verify import load_twin  # noqa: E402
@@ -134,10 +136,12 @@ class Pipeline:
         """A picture (N, H, W, 3) uint8, on the host."""
         tokens, edges, x = self.inputs()
         context = self.text(tokens).clone()  # a graph's output is overwritten by its next replay
+        last: list[Tensor] = []
         for u in schedule.updates(self.given["eta"]):
             torch.compiler.cudagraph_mark_step_begin()
-            e = self.noise(x, torch.tensor([u.timestep], device=self.device), context, edges)
-            x = u.a * x + u.b * e
+            e = self.noise(x, torch.tensor([u.evaluation.timestep], device=self.device), context, edges)
+            last = [e.clone(), *last[: HISTORY - 1]]
+            x = u.a * x + sum(b * e for b, e in zip(u.b, last, strict=False))
         self.latent = x
         return self.decode(x).cpu().numpy()
 
@@ -179,6 +183,48 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     """‖a − b‖ / ‖b‖."""
     b = b.astype(np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+class Watched(Staged):
+    """The stages in PyTorch, which keep the latent that a picture is decoded from."""
+
+    latent: Tensor
+
+    def stage(self, name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if name == "vae_decoder":
+            self.latent = inputs["x"]
+        return super().stage(name, inputs)
+
+
+def by_schedule(
+    ours: dict[str, Any], arrays: dict[str, np.ndarray], weights: ControlLDM, given: dict[str, Any],
+    device: str = "cuda",
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Of every schedule that ours ran: its milliseconds, and how far its latent and fp16's are from fp32's."""
+    latents: dict[torch.dtype, dict[str, np.ndarray]] = {}
+    for dtype in (torch.float32, torch.float16):
+        model, latents[dtype] = deepcopy(weights).to(device, dtype), {}
+        for name in ours["pictures"]:
+            staged = Watched(model, Schedule.parse(name, given["ddim_steps"]))
+            staged.process(**given)
+            latents[dtype][name] = staged.latent.float().cpu().numpy()
+    exact, half = latents[torch.float32], latents[torch.float16]
+    return {
+        name: {
+            "ms": time["median"],
+            "off": distance(arrays[f"latent/{name}"], exact[name]),
+            "off_fp16": distance(half[name], exact[name]),
+        }
+        for name, time in ours["pictures"].items()
+    }
+
+
+def schedule_table(found: dict[str, dict[str, Any]]) -> Table:
+    """One line a schedule."""
+    view = Table("schedule", "ms a picture", "latent off, ours", "latent off, PyTorch fp16")
+    for name, one in found.items():
+        view.add_row(name, f"{one['ms']:.2f}", f"{one['off']:.2e}", f"{one['off_fp16']:.2e}")
+    return view
 
 
 def table(found: dict[str, dict[str, Any]], ours: str | None) -> Table:
@@ -239,8 +285,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in found:
         found[name]["off"] = {k: distance(arrays[name][f"{k}/full"], exact[f"{k}/full"]) for k in ("latent", "picture")}
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "size": options.size}
-    options.output.write_text(json.dumps({**facts, "found": found}, indent=1) + "\n")
+    schedules = by_schedule(content, arrays[ours], weights, given) if ours else {}
+    content = {**facts, "found": found, "schedules": schedules}
+    options.output.write_text(json.dumps(content, indent=1) + "\n")
     Console().print(table(found, ours))
+    if schedules:
+        Console().print(schedule_table(schedules))
     return 0
 
 

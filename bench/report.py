@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:  # it imports matplotlib
+    from bench.figures import SheetColumn
 
 SCHEMA = 1
 MADE_BY = "canny2image-trt compute_score"
+RESULTS = "results.json"
 PD_LIMIT = 12.0  # the competition's rule: above it a picture is disqualified
 
 
@@ -110,7 +117,7 @@ def result_table(results: list[PictureResult], summary: dict[str, Any]) -> Table
         table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     for result in results:
         failed = result.failed
-        cells = [result.name, f"{result.pd:.2f}" + (" failed" if failed else "")]
+        cells = [escape(result.name), f"{result.pd:.2f}" + (" failed" if failed else "")]
         if sampled:
             cells.append(" ".join(f"{score:.2f}" for score in result.pd_samples))
         if result.reference_ms is not None and result.candidate_ms is not None:
@@ -181,11 +188,87 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def write_reports(
+    folder: Path,
+    options: argparse.Namespace,
+    facts: dict[str, Any],
+    found: dict[str, list[PictureResult]],
+    columns: list[SheetColumn],
+    title: str,
+) -> dict[str, dict[str, Any]]:
+    """Write results.json, contact.png and, where latencies were taken, plot.png; returns each candidate's summary."""
+    from bench.figures import contact_sheet, score_plot
+
+    summaries, here = {name: summarize(results) for name, results in found.items()}, machine()
+    first, results = next(iter(summaries.values())), next(iter(found.values()))
+    told = [f"{len(results)} picture{'s' * (len(results) != 1)}"]
+    if len(found) == 1:
+        told.append(f"median PD {first['pd']['median']:.2f}")
+    if first["speed_up"]:
+        chip = here["gpu"]["name"] if facts["device"] == "cuda" else f"{here['cpu']}, {here['cores']} cores"
+        times = [show_time(first[f"{role}_ms"]["median"]) for role in ("candidate", "reference")]
+        if len(found) == 1:
+            told.insert(0, f"{len(facts['schedule']['evaluated'])} of {facts['schedule']['taken']} steps")
+            told.append(f"{times[0]} a picture against {times[1]}, speed-up {first['speed_up']:.2f}×\n{chip}")
+            score_plot(folder / "plot.png", results, title, " · ".join(told))
+        else:
+            told.append(f"medians; the reference takes {times[1]} a picture\n{chip}")
+            points = [as_point(name, summary) for name, summary in summaries.items()]
+            score_plot(folder / "plot.png", points, title, " · ".join(told), medians=False)
+    contact_sheet(folder / "contact.png", columns, title, " · ".join(told), len(results))
+    parts = {
+        name: {"summary": summaries[name], "pictures": [result.as_dict() for result in results]}
+        for name, results in found.items()
+    }
+    content = {
+        "made_by": MADE_BY,
+        "schema": SCHEMA,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **facts,
+        "options": {name: plain(value) for name, value in vars(options).items()},
+        "versions": versions(),
+        "machine": here,
+        **(next(iter(parts.values())) if len(parts) == 1 else {"schedules": parts}),
+    }
+    write_json(folder / RESULTS, content)
+    return summaries
+
+
+def as_point(name: str, summary: dict[str, Any]) -> PictureResult:
+    """A candidate's medians as one point of the plot."""
+    times = {f"{role}_ms": summary[f"{role}_ms"]["median"] for role in ("reference", "candidate")}
+    return PictureResult(name, name, 0, 0, [summary["pd"]["median"]], **times)
+
+
+def comparison_table(summaries: dict[str, dict[str, Any]], evaluations: dict[str, str]) -> Table:
+    """The table of several candidates: a row each, medians over the pictures."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("schedule", no_wrap=True)
+    for heading in ("evaluates", "PD", "p90", "over 12", "a picture", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, summary in summaries.items():
+        pd, failed = summary["pd"], summary["failed"]
+        cells = [f"{pd['median']:.2f}", f"{pd['p90']:.2f}", str(failed or "")]
+        cells += [show_time(summary["candidate_ms"]["median"]), f"{summary['speed_up']:.2f}×"]
+        table.add_row(escape(name), evaluations[name], *cells, style="red" if failed else None)
+    reference = next(iter(summaries.values()))["reference_ms"]["median"]
+    table.caption = f"medians; the reference takes {show_time(reference)}"
+    return table
+
+
+def plain(value: Any) -> Any:
+    """An option as JSON knows it."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return short_path(value) if isinstance(value, Path) else value
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all; OSError where it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # as JSON escapes the bytes of odd file names
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def spans(session: Session, steps: Steps, runs: int) -> list[dict[str, Any]]:
 
         def enqueue() -> None:
             mark(origin, session.main)
-            for i in range(min(STEPS, len(steps.timesteps))):
+            for i in range(min(STEPS, len(steps.evaluations))):
                 session.step(steps, i)
 
         session.stage = marked  # type: ignore[method-assign]

@@ -5,6 +5,8 @@ Both take the arguments of the competition's `process` and return the same kind 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +17,12 @@ from cldm.cldm import ControlLDM
 from cldm.ddim_hacked import DDIMSampler
 from cldm.model import create_model, load_state_dict
 from cldm.stages import STAGES, Tensors
+from models import description, find_weights
 from runtime.images import canny_hint, resize_image
 from runtime.noise import cuda_randn, random_seed
-from runtime.schedule import Schedule, control_scales
+from runtime.rules import HISTORY
+from runtime.schedule import Schedule, Update, control_scales
 from runtime.tokenizer import tokenize
-
-MODELS = Path(__file__).resolve().parent.parent / "models"
-KNOWN = {
-    "tiny": (MODELS / "tiny" / "tiny.yaml", [MODELS / "tiny" / "tiny.safetensors"]),
-    "sd15": (
-        MODELS / "cldm_v15.yaml",
-        [MODELS / "control_sd15_canny.safetensors", MODELS / "control_sd15_canny.pth"],
-    ),
-}
 
 
 def load_model(
@@ -41,13 +36,8 @@ def load_model(
     Raises FileNotFoundError where the description or the weights are not there, ValueError (WeightsError) where they
     do not fit.
     """
-    config, places = KNOWN.get(str(model), (Path(model), []))
-    places = [Path(weights)] if weights else places
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        looked = f"there is nothing at {', '.join(map(str, places))}" if places else "name their file with --weights"
-        raise FileNotFoundError(f"model {str(model)!r} has no weights: {looked}")
-    loaded = create_model(config, "meta")
+    path = find_weights(model, weights)
+    loaded = create_model(description(model), "meta")
     loaded.load_state_dict(load_state_dict(path, device), assign=True)
     return loaded.to(dtype).requires_grad_(False)
 
@@ -111,6 +101,61 @@ class Reference:
         return list(STAGES["vae_decoder"](model, {"x": x})["picture"].cpu().numpy())
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What evaluated steps leave for those after them: the last e (the latest first), difference and residuals."""
+
+    e: tuple[Tensor, ...] = ()
+    difference: Tensor | None = None
+    residuals: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The evaluated steps of N samples: what they share is made once, `step` takes x from one to the next.
+
+    text: what the stage `clip` makes of their tokens (2·N, 77); features: of `hint`, for all or one a sample; times:
+    of `time`, a row for each evaluated step; scales: (residuals, 2·N); guidance: a number.
+    """
+
+    stage: Callable[[str, Tensors], Tensors]
+    text: Tensors
+    features: Tensors
+    times: Tensors
+    scales: Tensor
+    guidance: float
+
+    def step(self, x: Tensor, row: int, u: Update, noise: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """x (N, 4, h, w) float32 after the update u, whose time rows are the `row`-th, and what it leaves.
+
+        `noise` (N, 4, h, w) is added. Rows of residuals that an evaluation does not make stay as they were.
+        """
+        n, dtype = len(x), self.text["context"].dtype
+        half, kind = (2 * n, "") if u.evaluation.both else (n, "_cond")
+        given = {"x": x.to(dtype)} | self.features
+        residuals = memory.residuals
+        if u.evaluation.control:
+            made = self.stage(f"control{kind}", given | self.inputs("control", row, half))
+            residuals = {k: torch.cat([r, residuals[k][half:]]) if residuals else r for k, r in made.items()}
+        state = {k: r[:half] for k, r in residuals.items()}
+        state |= self.stage(f"unet_encoder{kind}", given | self.inputs("unet_encoder", row, half))
+        e1, e2 = (*memory.e, *[torch.zeros_like(x)] * 2)[:2]
+        state |= {"x": x, "noise": noise, "scales": self.scales, "e1": e1, "e2": e2}
+        state["coefficients"] = torch.tensor([u.a, *u.b], dtype=torch.float32, device=x.device)
+        state["guidance"] = torch.tensor([self.guidance], dtype=torch.float32, device=x.device)
+        if not u.evaluation.both and memory.difference is not None:
+            state["difference"] = memory.difference
+        out = self.stage(f"unet_decoder{kind}", state | self.inputs("unet_decoder", row, half))
+        kept = Memory((out["e"], *memory.e)[: HISTORY - 1], out.get("difference", memory.difference), residuals)
+        return out["x_next"], kept
+
+    def inputs(self, stage: str, row: int, half: int) -> Tensors:
+        """A stage's own K/V, of as many rows of the batch, and the time rows of one step, as the stage names them."""
+        kv = {k.partition(".")[2]: v[:half] for k, v in self.text.items() if k.startswith(f"{stage}.")}
+        rows = {k.partition(".")[2]: v[row : row + 1] for k, v in self.times.items() if k.startswith(f"{stage}.")}
+        return kv | rows
+
+
 class Staged:
     """The pipeline as stages: cond and uncond in one batch, text, hint and time hoisted, steps by a schedule."""
 
@@ -143,7 +188,7 @@ class Staged:
         """As `Reference.process`; `ddim_steps` must be the schedule's."""
         if ddim_steps != self.schedule.steps:
             raise ValueError(f"schedule {self.schedule.name} is for {self.schedule.steps} steps, not {ddim_steps}")
-        device, dtype = self.model.device, self.model.dtype
+        device = self.model.device
         picture = canny_hint(resize_image(input_image, image_resolution), low_threshold, high_threshold)
         n, shape = num_samples, (num_samples, 4, picture.shape[0] // 8, picture.shape[1] // 8)
         seed = random_seed(seed)
@@ -152,34 +197,18 @@ class Staged:
         tokens = np.repeat(tokenize([f"{prompt}, {a_prompt}", n_prompt]), n, axis=0)
         text = self.stage("clip", {"tokens": torch.from_numpy(tokens).to(device)})
         features = self.stage("hint", {"edges": edge_tensor(picture, self.model)})
-        times = self.stage("time", {"timesteps": torch.tensor([u.timestep for u in updates], device=device)})
+        times = self.stage("time", {"timesteps": torch.tensor([u.evaluation.timestep for u in updates], device=device)})
         scales = torch.tensor(control_scales(len(self.model.control_scales), strength, guess_mode), device=device)
         scales = scales[:, None].repeat(1, 2 * n)
         if guess_mode:
             scales[:, n:] = 0.0
 
-        x = torch.from_numpy(cuda_randn(seed, shape)).to(device)
+        denoiser = Denoiser(self.stage, text, features, times, scales, scale)
+        x, memory = torch.from_numpy(cuda_randn(seed, shape)).to(device), Memory()
         for i, u in enumerate(updates):
             noise = sum((c * cuda_randn(seed, shape, draw) for draw, c in u.noise), np.zeros(shape, np.float32))
-            step = {"x": x.to(dtype)} | features
-            state = self.stage("control", step | self.inputs("control", text, times, i))
-            state |= self.stage("unet_encoder", step | self.inputs("unet_encoder", text, times, i))
-            state |= {
-                "x": x,
-                "noise": torch.from_numpy(noise).to(device),
-                "coefficients": torch.tensor([u.a, u.b], dtype=torch.float32, device=device),
-                "guidance": torch.tensor([scale], dtype=torch.float32, device=device),
-                "scales": scales,
-            }
-            x = self.stage("unet_decoder", state | self.inputs("unet_decoder", text, times, i))["x_next"]
-        return list(self.stage("vae_decoder", {"x": x.to(dtype)})["picture"].cpu().numpy())
-
-    @staticmethod
-    def inputs(stage: str, text: Tensors, times: Tensors, step: int) -> Tensors:
-        """A stage's own K/V and the time rows of one step, under the names that the stage knows."""
-        kv = {k.partition(".")[2]: v for k, v in text.items() if k.startswith(f"{stage}.")}
-        rows = {k.partition(".")[2]: v[step : step + 1] for k, v in times.items() if k.startswith(f"{stage}.")}
-        return kv | rows
+            x, memory = denoiser.step(x, i, u, torch.from_numpy(noise).to(device), memory)
+        return list(self.stage("vae_decoder", {"x": x.to(self.model.dtype)})["picture"].cpu().numpy())
 
 
 def edge_tensor(edges: np.ndarray, model: ControlLDM) -> Tensor:

@@ -86,23 +86,41 @@ def unet_encoder(model: ControlLDM, inputs: Mapping[str, Tensor]) -> Tensors:
 
 
 def unet_decoder(model: ControlLDM, inputs: Mapping[str, Tensor]) -> Tensors:
-    """Skips, middle and residuals → `e` (N, 4, h, w) and `x_next` (N, 4, h, w).
+    """Skips, middle and residuals → `e` (N, 4, h, w), `difference` (N, 4, h, w) and `x_next` (N, 4, h, w).
 
     Besides `skip<i>`, `middle`, `residual<i>`, `row<i>`, `k<i>`, `v<i>` it takes `scales` (residuals, B), one control
-    scale per residual and row; `guidance` (1,); `x` (N, 4, h, w); `noise` (N, 4, h, w); and `coefficients` (2,), the
-    a, b of the update x' = a·x + b·e + noise.
+    scale per residual and row; `guidance` (1,); `x`, `noise` (N, 4, h, w); `e1` and `e2` (N, 4, h, w), the e of one and
+    of two evaluations before; and `coefficients` (4,), the a, b0, b1, b2 of the update
+    x' = a·x + b0·e + b1·e1 + b2·e2 + noise. `difference` is what guidance multiplies, cond less uncond.
     """
+    cond, uncond = output_half(model, inputs).float().chunk(2)
+    difference = cond - uncond
+    e = uncond + inputs["guidance"] * difference
+    return {"e": e, "difference": difference, "x_next": update(inputs, e)}
+
+
+def unet_decoder_cond(model: ControlLDM, inputs: Mapping[str, Tensor]) -> Tensors:
+    """As `unet_decoder`, but of the prompt's half alone: it takes the last `difference` (N, 4, h, w) and keeps it."""
+    e = output_half(model, inputs).float() + (inputs["guidance"] - 1) * inputs["difference"]
+    return {"e": e, "x_next": update(inputs, e)}
+
+
+def output_half(model: ControlLDM, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The UNet's output half of skips and middle with the scaled residuals added: (rows, 4, h, w)."""
+    batch = len(inputs["middle"])
     scaled = [
-        r * scale.view(-1, 1, 1, 1).to(r.dtype)
+        r * scale[:batch].view(-1, 1, 1, 1).to(r.dtype)
         for r, scale in zip(numbered(inputs, "residual"), inputs["scales"], strict=True)
     ]
     skips = [s + r for s, r in zip(numbered(inputs, "skip"), scaled, strict=False)]
     rows, kv = numbered(inputs, "row"), keys_values(inputs)
-    both = model.unet.decode(skips, inputs["middle"] + scaled[-1], rows, kv)
-    cond, uncond = both.float().chunk(2)
-    e = uncond + inputs["guidance"] * (cond - uncond)
-    a, b = inputs["coefficients"]
-    return {"e": e, "x_next": a * inputs["x"] + b * e + inputs["noise"]}
+    return model.unet.decode(skips, inputs["middle"] + scaled[-1], rows, kv)
+
+
+def update(inputs: Mapping[str, Tensor], e: Tensor) -> Tensor:
+    """x after the steps that the coefficients stand for."""
+    a, b0, b1, b2 = inputs["coefficients"]
+    return a * inputs["x"] + b0 * e + b1 * inputs["e1"] + b2 * inputs["e2"] + inputs["noise"]
 
 
 def vae_decoder(model: ControlLDM, inputs: Mapping[str, Tensor]) -> Tensors:
@@ -126,4 +144,8 @@ STAGES: dict[str, Callable[[ControlLDM, Mapping[str, Tensor]], Tensors]] = {
     "unet_decoder": unet_decoder,
     "vae_decoder": vae_decoder,
     "vae_encoder": vae_encoder,
+    # The prompt's half alone, for steps that reuse the last guidance difference: N rows instead of B.
+    "control_cond": control,
+    "unet_encoder_cond": unet_encoder,
+    "unet_decoder_cond": unet_decoder_cond,
 }

@@ -12,18 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 MIN_SIDE = 16
 MAX_ASPECT = 8
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 500_000_000  # of a file; what a PNG of 50 megapixels, 16 bits and transparency can take uncompressed
+
 JPEG_QUALITY = 95
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not stuffing, restarts and fill in the pixel data
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those with a length; not stuffing and fill
 JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+# OpenCV reads its own limit when it is loaded: for files whose header says less to us than to its decoders.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
+import cv2  # noqa: E402
 
 
 class ImageError(ValueError):
@@ -49,9 +54,12 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             start = file.read(16)  # enough to leave a large file that is no picture unread
-            data = start + file.read() if _reader(start) else start
+            large = os.fstat(file.fileno()).st_size > MAX_BYTES
+            data = start + file.read() if _reader(start) and not large else start
     except OSError as error:
         raise ImageError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from error
+    if large:
+        raise ImageError(f"{os.fspath(path)} has more than {MAX_BYTES // 10**6} MB: take a smaller picture.")
     return decode_image(data, os.fspath(path))
 
 
@@ -125,6 +133,8 @@ def resized_size(image: np.ndarray, resolution: int) -> tuple[int, int]:
     """Height and width of what `resize_image` makes of a picture; raises ImageError as it does."""
     _check_array(image)
     height, width = image.shape[:2]
+    if resolution > MAX_PIXELS:
+        raise ImageError(f"The resolution is {resolution}, but the result may have {MAX_PIXELS} pixels at most.")
     k = resolution / min(height, width)
     new_height, new_width = (int(np.round(side * k / 64)) * 64 for side in (height, width))
     if min(new_height, new_width) < 64:
@@ -192,15 +202,17 @@ def _reader(data: bytes) -> Callable[[bytes], Header] | None:
 def _jpeg_header(data: bytes) -> Header:
     """Walk the segments to the end-of-image marker, which OpenCV does not miss where a file is cut short."""
     width = height = 0
-    orientation, at = 1, 2
+    frames, orientation, at = 0, 1, 2
     while match := JPEG_MARKER.search(data, at):
         marker, at = match[1][0], match.end()
         if marker == 0xD9:
-            return Header(width, height, orientation, True)
+            return Header(width, height, orientation, frames == 1)
         length = int.from_bytes(data[at : at + 2], "big")
         body = data[at + 2 : at + length]
         if marker in JPEG_FRAMES:
-            height, width = struct.unpack_from(">HH", body, 1)
+            frames += 1
+            if frames == 1:  # the one that is decoded
+                height, width = struct.unpack_from(">HH", body, 1)
         elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
             orientation = _exif_orientation(body[6:])
         at += length
@@ -211,8 +223,10 @@ def _jpeg_header(data: bytes) -> Header:
 
 def _png_header(data: bytes) -> Header:
     """Walk the chunks to IEND; a chunk whose checksum is wrong counts as damage."""
-    width, height = struct.unpack_from(">II", data, 16)
+    kind, width, height = struct.unpack_from(">4sII", data, 12)
     orientation, at = 1, 8
+    if kind != b"IHDR":
+        return Header(width, height, orientation, False)
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         body = data[at + 8 : at + 8 + length]
@@ -239,13 +253,14 @@ def _webp_header(data: bytes) -> Header:
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     else:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    whole = len(data) >= size + 8 and kind in (b"VP8X", b"VP8L", b"VP8 ")  # others hide a size from us
     orientation, at = 1, 12
     while at + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, at)
         if kind == b"EXIF":
             orientation = _exif_orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
         at += 8 + length + length % 2
-    return Header(width, height, orientation, len(data) >= size + 8)
+    return Header(width, height, orientation, whole)
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -5,11 +5,15 @@ A plan is a program for the GPU, so only bytes whose SHA-256 stands in the manif
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import re
+import reprlib
 import shlex
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,7 +27,12 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "float": (int, float), "str | None": (str, type(None)), "str | bool": (str, bool),
 }  # fmt: skip
-USUAL = {"attention": "fused", "qkv": "joined", "group_norm": "auto", "steps": 20}  # what a command line can leave out
+SHAPE = {"height", "width", "samples", "steps"}
+LARGEST = 2**63  # of a number in a manifest, so that it can be computed with
+MOST = 1 << 20  # bytes of a manifest; a build writes some 3,000
+USUAL = {  # what a command line can leave out
+    "attention": "fused", "qkv": "joined", "boundary": "channels-last", "group_norm": "auto", "steps": 20,
+}  # fmt: skip
 
 
 class EngineError(ValueError):
@@ -68,37 +77,47 @@ class Manifest:
         """The manifest of an engine folder; raises EngineError where there is none or it is not what a build wrote."""
         path = Path(folder) / NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_file(path, MOST).decode())
         except FileNotFoundError:
             what = f"{folder} holds no engines ({NAME} is missing)"
-            inside = sorted(str(p.parent) for p in Path(folder).glob(f"*/{NAME}"))
+            inside = [str(path) for path in folders_in(folder)]
             todo = f"name one of {', '.join(inside)}" if inside else "run `python -m trt_builder build`"
             raise EngineError(f"{what}: {todo}.") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise EngineError(f"{path} cannot be read: {error.strerror}.") from None
+        except (ValueError, RecursionError) as error:
             raise damaged(path, f"it cannot be read ({str(error).splitlines()[0]})") from None
         if not isinstance(content, dict) or content.pop("made_by", None) != MADE_BY:
             raise damaged(path, "trt_builder did not write it")
         schema = content.pop("schema", None)
-        if schema != SCHEMA:
+        if (type(schema), schema) != (int, SCHEMA):
             raise damaged(path, f"its schema is {schema!r} and this version reads {SCHEMA}")
+        if content.pop("sha256", None) != seal(content):
+            raise damaged(path, "it was changed after it was written (its SHA-256 is not that of its content)")
         check_types(path, "", content, cls)
+        if content["shape"].keys() != SHAPE or min(content["shape"].values()) < 1:
+            raise damaged(path, f"its shape is {reprlib.repr(content['shape'])}")
+        if content["weights"].startswith("random:") and not re.fullmatch(r"random:\d+", content["weights"]):
+            raise damaged(path, f"its weights are {content['weights']!r}")
         stages = {}
         for name, entry in content["stages"].items():
             if not STAGE_NAME.fullmatch(name):
-                raise damaged(path, f"{name!r} is no name of a stage")
+                raise damaged(path, f"{reprlib.repr(name)} is no name of a stage")
             if not isinstance(entry, dict):
-                raise damaged(path, f"stages.{name} is {entry!r}")
+                raise damaged(path, f"stages.{name} is {reprlib.repr(entry)}")
             check_types(path, f"stages.{name}.", entry, StagePlan)
             stages[name] = StagePlan(**entry)
             if not SHA256.fullmatch(stages[name].sha256):
-                raise damaged(path, f"stages.{name}.sha256 is {stages[name].sha256!r}")
+                raise damaged(path, f"stages.{name}.sha256 is {reprlib.repr(stages[name].sha256)}")
         return cls(**{**content, "stages": stages}, folder=Path(folder))
 
     def save(self) -> None:
         """Write manifest.json: whole or not at all."""
         content: dict[str, Any] = {"made_by": MADE_BY, "schema": SCHEMA, **asdict(self)}
         del content["folder"]
-        write_whole(self.folder / NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        content["sha256"] = seal({name: content[name] for name in content if name not in ("made_by", "schema")})
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_whole(self.folder / NAME, text.encode("utf-8", "backslashreplace"))  # as JSON escapes odd file names
 
     def with_stage(self, stage: str, plan: StagePlan) -> Manifest:
         """The same manifest with one stage's plan added or replaced."""
@@ -114,12 +133,13 @@ class Manifest:
             raise EngineError(f"{self.folder} has no plan of the stage {stage!r}: run {self.command()}.")
         entry, path = self.stages[stage], self.plan_path(stage)
         try:
-            plan = path.read_bytes()
+            size = path.stat().st_size
+            if path.is_file() and size != entry.bytes:
+                what = f"the plan {path} has {size} bytes instead of {entry.bytes}"
+                raise EngineError(f"{what}: delete it and run {self.command()}.")
+            plan = read_file(path, entry.bytes)
         except OSError as error:
             raise EngineError(f"the plan {path} cannot be read ({error.strerror}): run {self.command()}.") from None
-        if len(plan) != entry.bytes:
-            what = f"the plan {path} has {len(plan)} bytes instead of {entry.bytes}"
-            raise EngineError(f"{what}: delete it and run {self.command()}.")
         if hashlib.sha256(plan).hexdigest() != entry.sha256:
             what = f"the plan {path} was changed after it was built (its SHA-256 is not the manifest's)"
             raise EngineError(f"{what}: delete it and run {self.command()}.")
@@ -152,6 +172,7 @@ class Manifest:
             if not isinstance(value, bool) and USUAL.get(name) != value
         }
         words = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value]
+        words += ["--cond"] if any(stage.endswith("_cond") for stage in self.stages) else []
         words += ["--no-shared-prefix"] if self.options.get("shared_prefix") is False else []
         return f"`python -m trt_builder build {' '.join(words)} --output {shlex.quote(str(self.folder.parent))}`"
 
@@ -161,14 +182,43 @@ def folder_name(model: str, height: int, width: int, samples: int, precision: st
     return f"{Path(model).stem}-{height}x{width}-n{samples}-{precision}"
 
 
+def seal(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's fields, by which damage is noticed where it would still read as a manifest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The bytes of a file; raises OSError for a pipe or device, which may never end, and for more than `most` bytes."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if about.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {about.st_size} bytes, and {most} are the most expected", str(path))
+    return path.read_bytes()
+
+
+def folders_in(place: str | Path) -> list[Path]:
+    """The engine folders in a folder; none where it may not be read."""
+    return sorted(Path(path).parent for path in glob.glob(f"{glob.escape(str(place))}/*/{NAME}"))
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under a temporary name and rename it, so that the name never holds half of it."""
+    """Write a file under a temporary name and rename it, so that the name never holds half of it.
+
+    Raises OSError, with the file's name and without leaving anything, where it cannot.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)  # on a full disk it would keep others from writing
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def check_types(path: Path, where: str, content: Mapping[str, Any], kind: type) -> None:
@@ -178,7 +228,7 @@ def check_types(path: Path, where: str, content: Mapping[str, Any], kind: type) 
         raise damaged(path, f"{where}{name} is {'missing' if name in expected else 'unknown'}")
     for name, value in content.items():
         if not fits(value, expected[name]):
-            raise damaged(path, f"{where}{name} is {value!r} instead of {expected[name]}")
+            raise damaged(path, f"{where}{name} is {reprlib.repr(value)} instead of {expected[name]}")
 
 
 def fits(value: Any, kind: str) -> bool:
@@ -188,6 +238,8 @@ def fits(value: Any, kind: str) -> bool:
     if kind.startswith("dict[str, ") and kind != "dict[str, StagePlan]":  # those are checked one by one
         return isinstance(value, dict) and all(fits(one, kind[10:-1]) for one in value.values())
     types = TYPES.get(kind, (dict,))
+    if isinstance(value, (int, float)) and not 0 <= value < LARGEST:  # nan, too
+        return False
     return isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 

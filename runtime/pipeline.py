@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +18,10 @@ import numpy as np
 from plugins.load import require
 from runtime.engine import OutOfMemory, gpu
 from runtime.images import canny_hint, resize_image, resized_size
-from runtime.manifest import NAME, EngineError, Manifest
+from runtime.manifest import NAME, EngineError, Manifest, folders_in
 from runtime.memory import Recent
 from runtime.noise import cuda_randn, random_seed
-from runtime.schedule import Schedule, alphas_cumprod, control_scales
+from runtime.schedule import Evaluation, Schedule, alphas_cumprod, control_scales
 from runtime.session import PipelineOptions, Session, Steps
 from runtime.tokenizer import tokenize
 
@@ -126,7 +127,7 @@ class Canny2Image:
             seed = random_seed(seed)
             session = self._session(height, width, num_samples)
             tokens = np.repeat(tokenize([f"{prompt}, {a_prompt}", n_prompt]), num_samples, axis=0)
-            steps = self._prepare(session, tuple(u.timestep for u in updates))
+            steps = self._prepare(session, tuple(u.evaluation for u in updates))
             watch.lap("prepare")
             with self._on_the_gpu(session):
                 text = session.start(steps, tokens)
@@ -246,9 +247,9 @@ class Canny2Image:
         except OutOfMemory as error:
             raise OutOfMemory(f"the engines {manifest.folder} do not fit into the GPU's memory: {error}") from error
 
-    def _prepare(self, session: Session, timesteps: tuple[int, ...]) -> Steps:
+    def _prepare(self, session: Session, evaluations: tuple[Evaluation, ...]) -> Steps:
         try:
-            steps = session.prepare(timesteps)
+            steps = session.prepare(evaluations)
         except EngineError as error:
             self._last = None
             key = next(key for key, manifest in self.manifests.items() if manifest is session.manifest)
@@ -282,7 +283,7 @@ def latent_noise(seed: int, shape: tuple[int, ...], draws_before: int = 0) -> np
 def usable(engines: str | Path) -> bool:
     """Whether there is a GPU, and an engine folder at this place or in it."""
     folder = Path(engines)
-    return gpu() is not None and ((folder / NAME).is_file() or any(folder.glob(f"*/{NAME}")))
+    return gpu() is not None and (os.path.isfile(folder / NAME) or bool(folders_in(folder)))
 
 
 def find_manifests(folder: Path, model: str | None = None) -> dict[tuple[int, int, int], Manifest]:
@@ -291,8 +292,8 @@ def find_manifests(folder: Path, model: str | None = None) -> dict[tuple[int, in
     Raises EngineError where there is none (for this model), one is damaged, or two are for the same shape.
     """
     folders = [folder]
-    if not (folder / NAME).is_file():
-        folders = sorted(path.parent for path in folder.glob(f"*/{NAME}")) or folders
+    if not os.path.isfile(folder / NAME):  # which is False where Path's raises: Manifest.load says why
+        folders = folders_in(folder) or folders
     found: dict[tuple[int, int, int], Manifest] = {}
     models: dict[tuple[str, str], Manifest] = {}
     for manifest in map(Manifest.load, folders):

@@ -1,4 +1,4 @@
-"""DDIM in numpy: which steps are taken, which of them are evaluated, and the coefficients of every update.
+"""DDIM in numpy: which steps are taken, what each of them does, and the coefficients of every update.
 
 Symbols as in "Denoising Diffusion Implicit Models" (Song et al., 2021): alphas_cumprod is its alpha, e the noise that
 the UNet estimates, eta the share of fresh noise.
@@ -11,16 +11,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import yaml
+
+from runtime.rules import HISTORY, Rule, ScheduleError, polynomial_weights, problem, read_rules
 
 TRAIN_STEPS = 1000
 NAMED = {path.stem: path for path in sorted(Path(__file__).with_name("schedules").glob("*.yaml"))}
-
-
-class ScheduleError(ValueError):
-    """A schedule or a number of steps that cannot be used; the text is one sentence."""
 
 
 def alphas_cumprod(
@@ -74,60 +72,85 @@ def ddim_timesteps(steps: int, train_steps: int = TRAIN_STEPS) -> np.ndarray:
     return np.minimum(np.arange(0, train_steps, train_steps // steps) + 1, train_steps - 1)
 
 
+class Evaluation(NamedTuple):
+    """Which networks run, for what: the training step, whether ControlNet does, whether both halves of the batch do."""
+
+    timestep: int
+    control: bool = True
+    both: bool = True
+
+
 @dataclass(frozen=True)
 class Update:
-    """One evaluated step and the skipped ones after it: x becomes a x + b e + the sum of coefficient * noise[draw].
+    """One evaluated step and the skipped ones after it: x becomes a·x + Σ b[j]·e[j] + Σ coefficient·noise[draw].
 
-    `step` counts down to 0 as the sampler does, `timestep` is the training step that the networks are given.
+    `step` counts down to 0 as the sampler does. e[0] is this evaluation's, e[1] and e[2] those of the two before it.
     Draw 0 is the initial x; draw 1 belongs to the first step taken, draw 2 to the second, and so on.
     """
 
     step: int
-    timestep: int
+    evaluation: Evaluation
     a: float
-    b: float
+    b: tuple[float, float, float]
     noise: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps at which the networks run; the others reuse the last e.
+    """What each DDIM step does, one rule a step from the noisiest to the last; see `runtime.rules`.
 
-    `steps` is the number asked of DDIM, `evaluated` counts as the sampler does: from the noisiest, the number of steps
-    taken less one, down to 0 at most. Raises ScheduleError where the steps are not in that order, are not among the
-    steps taken, or leave out the first, which has no earlier e to reuse.
+    `steps` is the number asked of DDIM, which may take more (`ddim_timesteps`). Steps count as the sampler does: from
+    the number of steps taken less one down to 0. Raises ScheduleError for a number of rules that is not the number of
+    steps taken, and for a rule that asks for what no step before it has made.
     """
 
     name: str
     steps: int
-    evaluated: tuple[int, ...]
+    rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
-        first = len(ddim_timesteps(self.steps)) - 1
-        if not self.evaluated:
-            raise ScheduleError(f"The schedule {self.name!r} evaluates no step: it needs at least step {first}.")
-        for step in self.evaluated:
+        taken = len(ddim_timesteps(self.steps))
+        for i in range(min(len(self.rules), taken)):
+            wrong = problem(self.rules, i)
+            if wrong:
+                raise ScheduleError(f"The schedule {self.name!r}, step {taken - 1 - i}: {wrong}", i)
+        if len(self.rules) != taken:
+            raise ScheduleError(f"The schedule {self.name!r} has {len(self.rules)} rules, but {taken} steps.", -1)
+
+    @staticmethod
+    def of(name: str, steps: int, evaluated: Sequence[int]) -> Schedule:
+        """The schedule that evaluates these steps, in descending order, and reuses the last e at the others.
+
+        Raises ScheduleError where steps are not in that order, not among those taken, or leave out the first.
+        """
+        first = len(ddim_timesteps(steps)) - 1
+        if not len(evaluated):
+            raise ScheduleError(f"The schedule {name!r} evaluates no step: it needs at least step {first}.")
+        for i, step in enumerate(evaluated):
             if not 0 <= step <= first:
-                raise ScheduleError(f"The schedule {self.name!r} names step {step}, but the steps are {first} to 0.")
-            if self.evaluated.count(step) > 1:
-                raise ScheduleError(f"The schedule {self.name!r} names step {step} more than once.")
-        if self.evaluated[0] != first:
-            raise ScheduleError(f"The schedule {self.name!r} must begin with the first step, {first}.")
-        for step, following in zip(self.evaluated, self.evaluated[1:], strict=False):
-            if following > step:
-                raise ScheduleError(f"The schedule {self.name!r} names {following} after {step}: steps must descend.")
+                raise ScheduleError(f"The schedule {name!r} names step {step}, but the steps are {first} to 0.", i)
+            if step in evaluated[:i]:
+                raise ScheduleError(f"The schedule {name!r} names step {step} more than once.", i)
+            if evaluated[0] != first:
+                raise ScheduleError(f"The schedule {name!r} must begin with the first step, {first}.", 0)
+            if i and step > evaluated[i - 1]:
+                before = evaluated[i - 1]
+                raise ScheduleError(f"The schedule {name!r} names {step} after {before}: steps must descend.", i)
+        rules = (Rule("evaluate" if step in evaluated else "reuse") for step in range(first, -1, -1))
+        return Schedule(name, steps, tuple(rules))
 
     @staticmethod
     def parse(text_or_path: str | os.PathLike[str], steps: int) -> Schedule:
         """The schedule that a user names, for `steps` DDIM steps.
 
         Either "full", the name of a file in `schedules/` ("hackathon-10"), steps as "19, 18, 4", or a path that ends in
-        .yaml or .yml, to a mapping of `name`, `steps` and `evaluate`. Raises ScheduleError for anything else, for
-        another number of steps than the file's, and for what `Schedule` refuses.
+        .yaml or .yml, to a mapping of `name`, `steps` and either `evaluate` (a list of steps) or `rules` (one for each
+        step). Raises ScheduleError for anything else, for another number of steps than the file's, and for what
+        `Schedule` refuses, with the file's line.
         """
         text = os.fspath(text_or_path).strip()
         if text == "full":
-            return Schedule("full", steps, tuple(reversed(range(len(ddim_timesteps(steps))))))
+            return Schedule.of("full", steps, range(len(ddim_timesteps(steps)) - 1, -1, -1))
         if text in NAMED or text.lower().endswith((".yaml", ".yml")):
             schedule = _load(NAMED.get(text, Path(text)))
             if schedule.steps != steps:
@@ -142,7 +165,42 @@ class Schedule:
             evaluated = tuple(int(word) for word in re.split(r"[\s,]+", text) if word)
         except ValueError:
             raise ScheduleError(f"The schedule {text!r} is no list of steps as 19,18,4.") from None
-        return Schedule(",".join(map(str, evaluated)), steps, evaluated)
+        return Schedule.of(",".join(map(str, evaluated)), steps, evaluated)
+
+    def to_yaml(self, comment: str = "") -> str:
+        """The file that `parse` reads this schedule from."""
+        lines = [f"# {line}" for line in comment.splitlines()]
+        lines += [f"name: {self.name}", f"steps: {self.steps}", "rules:"]
+        for i, rule in enumerate(self.rules):
+            text = f"{rule.name}: [{', '.join(map(repr, rule.weights))}]" if rule.weights else rule.name
+            lines.append(f"- {text:<40} # {len(self.rules) - 1 - i}")
+        return "\n".join(lines) + "\n"
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """The steps at which networks run, descending."""
+        return tuple(len(self.rules) - 1 - i for i, rule in enumerate(self.rules) if rule.evaluates)
+
+    def weights(self, alphas: np.ndarray) -> np.ndarray:
+        """What each step makes its e of: (steps taken, 3) float64, weights of the last three evaluations' e.
+
+        `alphas` as in `updates`. The polynomials are in sqrt(1/alpha - 1), in which DDIM is Euler's method (equation 14
+        of the DDIM paper).
+        """
+        timesteps = ddim_timesteps(self.steps)[::-1]
+        sigma = np.append(np.sqrt(1 / alphas[timesteps] - 1), np.sqrt(1 / alphas[0] - 1))
+        weights = np.zeros((len(timesteps), HISTORY))
+        at: list[float] = []  # where the last evaluations were, the latest first
+        for i, rule in enumerate(self.rules):
+            if rule.evaluates:
+                at = [float(sigma[i]), *at][:HISTORY]
+                row: Sequence[float] = rule.weights or (1.0,)
+            elif rule.name == "reuse":
+                row = rule.weights or tuple(weights[i - 1])
+            else:
+                row = polynomial_weights(rule.name, at, float(sigma[i]), float(sigma[i + 1]))
+            weights[i, : len(row)] = row
+        return weights
 
     def updates(self, eta: float = 0.0, alphas: Sequence[float] | np.ndarray | None = None) -> list[Update]:
         """One linear update of (x, e) for each evaluated step, the skipped steps after it folded in.
@@ -159,18 +217,27 @@ class Schedule:
         at, before = abar[timesteps], abar[np.append(0, timesteps[:-1])]
         sigma = eta * np.sqrt((1 - before) / (1 - at) * (1 - at / before))
         a = np.sqrt(before / at)
-        b = np.sqrt(1 - before - sigma**2) - a * np.sqrt(1 - at)
+        b = (np.sqrt(1 - before - sigma**2) - a * np.sqrt(1 - at))[:, None] * self.weights(abar)[::-1]
 
         updates = []
         for step, following in zip(self.evaluated, [*self.evaluated[1:], -1], strict=True):
-            a_run, b_run = 1.0, 0.0
+            a_run, b_run = 1.0, np.zeros(HISTORY)
             noise: dict[int, float] = {}
             for i in range(step, following, -1):
                 a_run, b_run = a[i] * a_run, a[i] * b_run + b[i]
                 noise = {draw: a[i] * s for draw, s in noise.items()} | {len(timesteps) - i: sigma[i]}
             kept = tuple((draw, float(s)) for draw, s in noise.items() if s > 0)
-            updates.append(Update(step, int(timesteps[step]), float(a_run), float(b_run), kept))
+            rule = self.rules[len(timesteps) - 1 - step]
+            b0, b1, b2 = b_run.tolist()
+            evaluation = Evaluation(int(timesteps[step]), rule.control, rule.both)
+            updates.append(Update(step, evaluation, float(a_run), (b0, b1, b2), kept))
         return updates
+
+
+def every_schedule(steps: int) -> list[Schedule]:
+    """All that have a name and are for this number of steps, the most evaluations first."""
+    loaded = [Schedule.parse("full", steps), *map(_load, NAMED.values())]
+    return sorted((s for s in loaded if s.steps == steps), key=lambda s: -len(s.evaluated))
 
 
 def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]:
@@ -179,18 +246,12 @@ def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]
 
 
 def _load(path: Path) -> Schedule:
+    """The schedule of a YAML file; every ScheduleError names the line that is wrong."""
+    name, steps, rules, lines = read_rules(path)
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise ScheduleError(f"{path} cannot be read: {error.strerror}.") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ScheduleError(f"{path}{line} is not valid YAML: {error.problem}.") from error
-    except yaml.YAMLError as error:
-        raise ScheduleError(f"{path} is not a YAML text file.") from error
-    if not isinstance(content, dict) or set(content) != {"name", "steps", "evaluate"}:
-        raise ScheduleError(f"{path} must hold the three keys name, steps and evaluate, and no others.")
-    name, steps, evaluate = content["name"], content["steps"], content["evaluate"]
-    if type(steps) is not int or not isinstance(evaluate, list) or any(type(step) is not int for step in evaluate):
-        raise ScheduleError(f"{path} must give steps as a whole number and evaluate as a list of whole numbers.")
-    return Schedule(str(name), steps, tuple(evaluate))
+        if rules and isinstance(rules[0], Rule):
+            return Schedule(name, steps, tuple(r for r in rules if isinstance(r, Rule)))
+        return Schedule.of(name, steps, [r for r in rules if isinstance(r, int)])
+    except ScheduleError as error:
+        at = lines[error.at] if error.at is not None else lines[-1]
+        raise ScheduleError(f"{path}, line {at}: {error}") from error

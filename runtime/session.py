@@ -20,10 +20,13 @@ import numpy as np
 from runtime.engine import Binding, Flavour, Plan, check
 from runtime.manifest import EngineError, Manifest
 from runtime.memory import Layout, Recent, Resources, aligned
-from runtime.steps import STEP, Steps
+from runtime.rules import HISTORY
+from runtime.schedule import Evaluation
+from runtime.steps import COND, STEP, Steps
 
 STAGES = ("clip", "hint", "time", *STEP, "vae_decoder")
 UPLOAD = ("scales", "guidance", "x", "edges")  # what a picture brings besides its text, in one copy
+LATENTS = ("x", "x_next", "e", "e1", "e2", "difference", "noise")  # all of one shape, in float32
 WARM_UP = 3
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ class PipelineOptions:
 
     graph: the whole picture as one CUDA graph, each step as one, or none.
     two_streams: `control` and `unet_encoder` at the same time.
+    hoist: `hint` and `time` once, and not again in every evaluated step.
     skip_text: `clip` only where the prompts are not those of the picture before.
     overlap: launch `clip` on its own first, so that it runs while the host resizes and looks for edges.
     share_memory: one activation memory for all engines that do not run at the same time.
@@ -43,6 +47,7 @@ class PipelineOptions:
 
     graph: Literal["picture", "step", "none"] = "picture"
     two_streams: bool = True
+    hoist: bool = True
     skip_text: bool = True
     overlap: bool = True
     share_memory: bool = True
@@ -59,19 +64,21 @@ class PipelineOptions:
 
 def buffer_name(stage: str, tensor: str) -> str:
     """The buffer that a stage's input or output lies in: K and V of each consumer are named as `clip` names them."""
-    return f"{stage}.{tensor}" if stage in STEP and re.fullmatch(r"[kv]\d+", tensor) else tensor
+    return f"{stage.removesuffix('_cond')}.{tensor}" if re.fullmatch(r"[kv]\d+", tensor) else tensor
 
 
 def per_step(stage: str, tensor: str) -> bool:
     """Whether a tensor lies elsewhere in every step."""
-    return tensor in ("x", "x_next", "noise", "coefficients") or (stage in STEP and tensor.startswith("row"))
+    once = ("x", "x_next", "e", "e1", "e2", "noise", "coefficients")
+    return tensor in once or (stage in (*STEP, *COND) and tensor.startswith("row"))
 
 
 def activation_places(sizes: Mapping[str, int], share: bool) -> dict[str, int]:
     """The offset of each stage's activation memory: 0 for all but `unet_encoder`, which runs beside `control`."""
-    if share:
-        return {stage: aligned(sizes["control"]) if stage == "unet_encoder" else 0 for stage in sizes}
-    return Layout(sizes).offsets
+    if not share:
+        return Layout(sizes).offsets
+    beside = {"unet_encoder": "control", "unet_encoder_cond": "control_cond"}
+    return {stage: aligned(sizes[beside[stage]]) if stage in beside else 0 for stage in sizes}
 
 
 class Session:
@@ -84,14 +91,14 @@ class Session:
     def __init__(self, manifest: Manifest, flavour: Flavour, options: PipelineOptions) -> None:
         self.manifest, self.options = manifest, options
         self.plans: dict[str, Plan] = {}
-        self.steps: Recent[tuple[int, ...], Steps] = Recent(options.schedules)
+        self.steps: Recent[tuple[Evaluation, ...], Steps] = Recent(options.schedules)
         self.captures = 0
         self._text: bytes | None = None  # the tokens whose K and V are on the GPU
         self.resources = Resources()
         try:
             self.main, self.side = self.resources.stream(), self.resources.stream()
             self._forked, self._joined = self.resources.event(), self.resources.event()
-            for stage in STAGES:
+            for stage in (*STAGES, *(COND if set(COND) <= manifest.stages.keys() else ())):
                 self.plans[stage] = Plan(manifest.plan_bytes(stage), flavour, own_memory=False)
             self._place_activations()
             self._place_buffers()
@@ -121,32 +128,38 @@ class Session:
         for stage, plan in self.plans.items():
             for tensor, binding in (plan.inputs | plan.outputs).items():
                 name = buffer_name(stage, tensor)
-                theirs = latent if tensor in ("x", "x_next") else bindings.get(name)
-                if stage in STEP and tensor.startswith("row"):  # of which `time` makes several at once
-                    theirs = replace(bindings[f"{stage}.{tensor}"], shape=binding.shape)
+                theirs = latent if tensor in LATENTS else bindings.get(name)
+                if per_step(stage, tensor) and tensor.startswith("row"):  # of which `time` makes several at once
+                    theirs = replace(bindings[f"{stage.removesuffix('_cond')}.{tensor}"], shape=binding.shape)
                 self._agree(stage, binding, theirs)
                 if not per_step(stage, tensor):
-                    bindings[name] = binding
+                    bindings.setdefault(name, binding)
         self.bindings = bindings | {"x": latent}
         sizes = {name: b.nbytes for name, b in self.bindings.items()}
         first = {name: sizes[name] for name in UPLOAD}
         self._upload = Layout(first)
-        layout = Layout(first | sizes | {"x_next": latent.nbytes})  # those to upload at the block's begin
+        others = ["x_next", "nothing", *(f"estimate{i}" for i in range(HISTORY))]
+        layout = Layout(first | sizes | dict.fromkeys(others, latent.nbytes))  # those to upload at the block's begin
         block = self.resources.device(layout.nbytes, self.main)
         self.at = {name: block + offset for name, offset in layout.offsets.items()}
         self.latents = self.at["x"], self.at["x_next"]
+        self.estimates = [self.at[f"estimate{i}"] for i in range(HISTORY)]
         self._pinned = self.resources.pinned(self._upload.nbytes)
         self.host = {name: self._view(self._pinned, name, self._upload.offsets[name]) for name in UPLOAD}
         for name in ("tokens", "timesteps", "picture"):
             self.host[name] = self._view(self.resources.pinned(sizes[name]), name)
-        self.memory |= {"buffers": layout.nbytes, "plans": sum(self.manifest.stages[stage].bytes for stage in STAGES)}
+        self.memory |= {
+            "buffers": layout.nbytes,
+            "plans": sum(self.manifest.stages[stage].bytes for stage in self.plans),
+        }
         for stage, plan in self.plans.items():
             names = (name for name in (*plan.inputs, *plan.outputs) if not per_step(stage, name))
             plan.bind({name: self.at[buffer_name(stage, name)] for name in names})
 
     def _agree(self, stage: str, mine: Binding, theirs: Binding | None) -> None:
-        """Raise EngineError unless two stages see a tensor alike."""
-        if theirs and (mine.shape, mine.dtype, mine.format) != (theirs.shape, theirs.dtype, theirs.format):
+        """Raise EngineError unless two stages see a tensor alike, or one of them its first half."""
+        halves = {mine.shape, (2 * mine.shape[0], *mine.shape[1:])} if stage in COND else {mine.shape}
+        if theirs and (theirs.shape not in halves or (mine.dtype, mine.format) != (theirs.dtype, theirs.format)):
             what = f"{stage} has {mine.name} as {mine.dtype} {mine.shape} {mine.format}"
             other = f"another stage as {theirs.dtype} {theirs.shape} {theirs.format}"
             raise EngineError(f"{self.manifest.folder}: {what}, {other}: run {self.manifest.command()}.")
@@ -172,39 +185,50 @@ class Session:
 
     def step(self, steps: Steps, i: int) -> None:
         """Enqueue the i-th evaluated step."""
-        cuda, at = self.resources.cuda, steps.addresses[i]
-        side = self.side if self.options.two_streams else self.main
-        if self.options.two_streams:
+        cuda, at, evaluation = self.resources.cuda, steps.addresses[i], steps.evaluations[i]
+        control, encoder, decoder = STEP if evaluation.both else COND
+        apart = self.options.two_streams and evaluation.control
+        side = self.side if apart else self.main
+        for name in () if self.options.hoist else ("hint", "time"):
+            self.stage(name, self.main)
+        if apart:
             check(cuda.cudaEventRecord(self._forked, self.main))
             check(cuda.cudaStreamWaitEvent(side, self._forked, 0))
-        self.stage("control", self.main, at["control"])
-        self.stage("unet_encoder", side, at["unet_encoder"])
-        if self.options.two_streams:
+        if evaluation.control:
+            self.stage(control, self.main, at["control"])
+        self.stage(encoder, side, at["unet_encoder"])
+        if apart:
             check(cuda.cudaEventRecord(self._joined, side))
             check(cuda.cudaStreamWaitEvent(self.main, self._joined, 0))
-        self.stage("unet_decoder", self.main, at["unet_decoder"])
+        self.stage(decoder, self.main, at["unet_decoder"])
 
     def decode(self, steps: Steps) -> None:
         """Enqueue what makes the picture of the last step's x."""
-        self.stage("vae_decoder", self.main, {"x": self.latents[len(steps.timesteps) % 2]})
+        self.stage("vae_decoder", self.main, {"x": self.latents[len(steps.evaluations) % 2]})
 
     def picture(self, steps: Steps, text: bool) -> None:
         """Enqueue a whole picture, `clip` included where `text`."""
         if text:
             self.stage("clip", self.main)
         self.stage("hint", self.main)
-        for i in range(len(steps.timesteps)):
+        for i in range(len(steps.evaluations)):
             self.step(steps, i)
         self.decode(steps)
 
     # -- a schedule ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, timesteps: tuple[int, ...]) -> Steps:
-        """The rows and graphs of a schedule's evaluated timesteps, kept from the time before where they were."""
-        return self.steps.get(timesteps, lambda: self._prepare(timesteps))
+    def prepare(self, evaluations: tuple[Evaluation, ...]) -> Steps:
+        """The rows and graphs of a schedule's evaluated steps, kept from the time before where they were.
 
-    def _prepare(self, timesteps: tuple[int, ...]) -> Steps:
-        steps = Steps(self, timesteps)
+        Raises EngineError where it needs engines that are not there.
+        """
+        if not all(evaluation.both for evaluation in evaluations) and COND[0] not in self.plans:
+            what = "the schedule evaluates steps for the prompt alone, and there are no engines for that"
+            raise EngineError(f"{self.manifest.folder}: {what}: run {self.manifest.command()} with --cond.")
+        return self.steps.get(evaluations, lambda: self._prepare(evaluations))
+
+    def _prepare(self, evaluations: tuple[Evaluation, ...]) -> Steps:
+        steps = Steps(self, evaluations)
         try:
             self._embed(steps)
             self.picture(steps, text=True)  # TensorRT allocates in first runs, which a capture forbids
@@ -220,8 +244,9 @@ class Session:
         """The time rows of every step, as many at a time as the engine embeds."""
         cuda, plan, host = self.resources.cuda, self.plans["time"], self.host["timesteps"]
         kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        for begin in range(0, len(steps.timesteps), host.size):
-            part = steps.timesteps[begin : begin + host.size]
+        timesteps = [evaluation.timestep for evaluation in steps.evaluations]
+        for begin in range(0, len(timesteps), host.size):
+            part = timesteps[begin : begin + host.size]
             host[:] = part[-1]
             host[: len(part)] = part
             self._copy(self.at["timesteps"], host.ctypes.data, host.nbytes)
@@ -237,7 +262,7 @@ class Session:
         options = self.options
         parts: dict[str, Callable[[], None]] = {}
         if options.graph == "step":
-            parts = {f"step{i}": partial(self.step, steps, i) for i in range(len(steps.timesteps))}
+            parts = {f"step{i}": partial(self.step, steps, i) for i in range(len(steps.evaluations))}
         elif options.graph == "picture":
             if options.overlap or options.skip_text:
                 parts["picture"] = lambda: self.picture(steps, text=False)
@@ -266,7 +291,7 @@ class Session:
 
     def run(self, steps: Steps, text: bool, noisy: bool) -> None:
         """Upload what `host` and `steps` hold, launch the picture and its download."""
-        cuda, n = self.resources.cuda, len(steps.timesteps)
+        cuda, n = self.resources.cuda, len(steps.evaluations)
         self._copy(self.at["scales"], self._pinned.ctypes.data, self._upload.nbytes)
         for name in ("coefficients", "noise")[: 1 + (noisy or steps.noisy)]:
             self._copy(steps.table[name][0], steps.uploads[name].ctypes.data, steps.uploads[name].nbytes)
@@ -303,7 +328,7 @@ class Session:
         """Milliseconds of `runs` replays of each stage as a graph of its own, of a step and of a picture with text."""
         at = steps.addresses[0]
         parts: dict[str, Callable[[], None]] = {
-            name: partial(self.stage, name, self.main, at.get(name)) for name in STAGES
+            name: partial(self.stage, name, self.main, at.get(name.removesuffix("_cond"))) for name in self.plans
         }
         parts |= {"vae_decoder": lambda: self.decode(steps), "step": lambda: self.step(steps, 0)}
         parts["picture"] = lambda: self.picture(steps, text=True)
@@ -327,7 +352,7 @@ class Session:
         """The last step's x (N, 4, h, w), for comparisons."""
         x = np.empty(self.host["x"].shape, np.float32)
         kind = self.resources.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        source = self.latents[len(steps.timesteps) % 2]
+        source = self.latents[len(steps.evaluations) % 2]
         check(self.resources.cuda.cudaMemcpy(x.ctypes.data, source, x.nbytes, kind))
         return x
 

@@ -14,6 +14,7 @@ from instant_clip_tokenizer import Tokenizer  # type: ignore[import-untyped]
 LENGTH = 77
 START = 49406
 END = 49407
+LONGEST = 10_000  # characters that are looked at: the time grows with the square of a word's length
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,17 @@ def _encode(prompt: str) -> tuple[int, ...]:
         text = text.replace(f"<{marker}", f"< {marker}")
     text = text.replace("<|startoftext|>", "<start_of_text>").replace("<|endoftext|>", "<end_of_text>")
 
-    ids = _tokenizer().encode(text)
+    ids = _tokenizer().encode(text[:LONGEST])
     dropped = len(ids) - (LENGTH - 2)
     if dropped > 0:
         excerpt = prompt if len(prompt) <= 40 else prompt[:40] + "…"
-        log.warning("The prompt %r has %d tokens, of which CLIP takes 75: %d dropped.", excerpt, len(ids), dropped)
+        more = " and more" if len(text) > LONGEST else ""
+        log.warning(
+            "The prompt %r has %d tokens%s, of which CLIP takes 75: %d%s dropped.",
+            excerpt,
+            len(ids),
+            more,
+            dropped,
+            more,
+        )
     return tuple(ids[: LENGTH - 2])

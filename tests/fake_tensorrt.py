@@ -20,6 +20,7 @@ from cldm.stages import STAGES
 from runtime.engine import Binding
 from runtime.manifest import Manifest, StagePlan
 from runtime.session import STAGES as STAGE_NAMES
+from runtime.steps import COND
 from trt_builder.config import ModelConfig, Shape
 from trt_builder.verify import input_shapes, random_inputs, twin_outputs
 
@@ -138,7 +139,7 @@ def write_engines(folder: Path, model: Any, shape: Shape) -> None:
         last = name.startswith(("skip", "residual", "middle", "hint"))
         return Binding(name, size, np.dtype(dtype), "HWC" if last else "LINEAR")
 
-    for i, stage in enumerate(STAGE_NAMES):
+    for i, stage in enumerate((*STAGE_NAMES, *COND)):
         kinds = {"tokens": np.int32, "timesteps": np.int32}
         inputs = input_shapes(stage, config, shape)
         outputs = twin_outputs(model, stage, random_inputs(stage, config, shape, 0))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cldm.cldm import ControlLDM, ControlledUnetModel, ControlNet
 from cldm.ddim_hacked import DDIMSampler
+from cldm.samplers import dpm_solver_pp_2m, even_timesteps, unipc
 from ldm.autoencoder import AutoencoderKL
 from ldm.clip import FrozenCLIPEmbedder
 from runtime.schedule import alphas_cumprod, ddim_timesteps
@@ -226,6 +227,29 @@ def test_ddim(steps: int, guidance: float, eta: float, tolerance: float) -> None
         x = step.prev_sample
         assert error(result["x_inter"][i + 1], x) < tolerance, i
         assert error(result["pred_x0"][i + 1], step.pred_original_sample) < tolerance, i
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_few_step_solvers(name: str, steps: int) -> None:
+    """Where both end at training step 0, the whole trajectories of x are equal."""
+    torch.manual_seed(4)
+    ours_by_name = {"DPMSolverMultistepScheduler": dpm_solver_pp_2m, "UniPCMultistepScheduler": unipc}
+    peer = getattr(diffusers, name)(
+        beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear", timestep_spacing="linspace",
+        final_sigmas_type="sigma_min",
+    )  # fmt: skip
+    peer.set_timesteps(steps)
+    assert even_timesteps(steps) == peer.timesteps.tolist()
+    x, cond = torch.randn(2, 4, 8, 8).double(), {"c_crossattn": [torch.randn(2, 4, 8, 8).double()]}
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        return toy(x, torch.tensor([t]), cond)
+
+    result = ours_by_name[name](denoise, x, even_timesteps(steps), alphas_cumprod())
+    for t in peer.timesteps:
+        x = peer.step(denoise(x, int(t)), t, x).prev_sample
+    assert error(result, x) < 10 * FLOAT32  # their constants are in float32
 
 
 def test_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from trt_builder.config import ModelConfig, Shape  # noqa: E402
 from trt_builder.flavour import get_flavour  # noqa: E402
 from trt_builder.inspect import read_report  # noqa: E402
 from trt_builder.random_weights import write_random_weights  # noqa: E402
-from trt_builder.stages import STAGES  # noqa: E402
+from trt_builder.stages import STAGES, USUAL  # noqa: E402
 from trt_builder.verify import input_shapes  # noqa: E402
 from trt_builder.weights import expected_shapes  # noqa: E402
 
@@ -76,9 +76,9 @@ def engines(tmp_path_factory) -> Path:
 
 def test_every_stage_is_built_and_vouched_for(engines):
     manifest = Manifest.load(engines)
-    assert list(manifest.stages) == list(STAGES)
+    assert list(manifest.stages) == list(USUAL)
     assert manifest.targets == ["sm86", "sm89"] and manifest.weights == "random:0" and manifest.gpu is None
-    for stage in STAGES:
+    for stage in USUAL:
         assert len(manifest.plan_bytes(stage)) == manifest.stages[stage].bytes > 100_000
     assert not list(engines.glob(".*.partial"))
     assert "== clip" in (engines / "build.log").read_text()
@@ -86,7 +86,7 @@ def test_every_stage_is_built_and_vouched_for(engines):
 
 def test_the_inputs_that_verify_makes_are_those_of_the_engines(engines):
     config, shape = ModelConfig.load("tiny"), Shape(128, 128)
-    for stage in STAGES:
+    for stage in USUAL:
         report = read_report(engines, stage)
         assert {t.name: tuple(t.shape) for t in report.inputs} == input_shapes(stage, config, shape)
 
@@ -242,7 +242,7 @@ def test_a_failed_build_says_what_tensorrt_said(run, tmp_path, monkeypatch):
 def test_bad_input_is_refused_in_one_sentence(run, tmp_path):
     refused(run("build", *RTX, "--weights", "nowhere.safetensors"), "nowhere.safetensors", "--weights")
     yaml = ROOT / "tests" / "data" / "wide.yaml"
-    refused(run("build", *RTX, "--model", yaml), "no weights for", "--random-weights")
+    refused(run("build", *RTX, "--model", yaml), "has no weights", "--random-weights")
     refused(run("build", *TINY, "--model", "nope"), "nope", "sd15, tiny")
     refused(run("build", *TINY, "--stages", "hint,unet"), "no stage unet", "vae_decoder")
     refused(run("build", *TINY, "--stages", ","), "no stage")
@@ -311,7 +311,7 @@ def test_inspect_without_a_gpu_shows_what_the_build_wrote_down(run, engines, mon
     status, out, _ = run("inspect", engines)
     assert status == 0 and "NVIDIA GPU only" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) > 1}
-    assert set(STAGES) <= set(rows)
+    assert set(USUAL) <= set(rows)
     attentions = 2 * len(ModelConfig.load("tiny").attentions("control"))  # self and cross
     assert rows["control"][3:5] == [str(attentions), str(attentions)]  # in the network, and fused
     assert "residual0…" in out and "half HWC8" in out

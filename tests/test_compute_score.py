@@ -286,9 +286,11 @@ def test_a_folder_that_cannot_be_written_is_refused_first(pictures, monkeypatch,
     assert not stand_ins.pipelines["reference"].calls
 
 
-@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
+@pytest.mark.parametrize(
+    "error, status, at", [(KeyboardInterrupt, 130, 1), (OSError(28, "No space left on device"), 2, 3)]
+)
 def test_a_run_that_breaks_off_leaves_the_earlier_one(
-    pictures, tmp_path, stand_ins, monkeypatch, capsys, error, status
+    pictures, tmp_path, stand_ins, monkeypatch, capsys, error, status, at
 ):
     main(["--images", "in/owl.png"])
     before = sorted(tmp_path.rglob("*"))
@@ -297,7 +299,7 @@ def test_a_run_that_breaks_off_leaves_the_earlier_one(
     process = candidate.process
 
     def breaks(*given, **named):
-        if next(calls) == 2:
+        if next(calls) == at:
             raise error
         return process(*given, **named)
 
@@ -393,7 +395,7 @@ def test_help_names_every_option_of_the_benchmark(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    options = """images prompt added-prompt negative-prompt model weights backend engines schedule steps scale seed
-        strength eta samples resolution low-threshold high-threshold guess-mode output format strict score-only
-        reference device"""
+    options = """images prompt added-prompt negative-prompt model weights backend engines schedule steps scale seed eta
+        strength samples resolution low-threshold high-threshold guess-mode output format strict score-only reference
+        device"""
     assert all(f"--{option} " in text for option in options.split())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.manifest import EngineError, Manifest, StagePlan, folder_name, write_whole
+from runtime.manifest import EngineError, Manifest, StagePlan, folder_name, seal, write_whole
 
 PLAN = bytes(range(256)) * 8
 WEIGHTS = "a" * 64
@@ -28,9 +28,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change) -> None:
-    """Change manifest.json by hand."""
+    """Change manifest.json as one who also makes its SHA-256 right."""
     content = json.loads((folder / "manifest.json").read_text())
     change(content)
+    content["sha256"] = seal({n: v for n, v in content.items() if n not in ("made_by", "schema", "sha256")})
     (folder / "manifest.json").write_text(json.dumps(content))
 
 
@@ -106,6 +107,16 @@ def test_a_plan_that_the_manifest_does_not_list_is_refused(folder):
         (lambda c: c["stages"]["hint"].update(sha256="abc"), "stages.hint.sha256 is 'abc'"),
         (lambda c: c["stages"]["hint"].update(file="/bin/sh"), "stages.hint.file is unknown"),
         (lambda c: c["stages"]["hint"].pop("key"), "stages.hint.key is missing"),
+        (lambda c: c["stages"]["hint"].update(seconds=10**400), "stages.hint.seconds is 1000"),
+        (lambda c: c["stages"]["hint"].update(seconds=float("nan")), "stages.hint.seconds is nan"),
+        (lambda c: c["stages"]["hint"].update(bytes=2**63), "stages.hint.bytes is 9223372036854775808"),
+        (lambda c: c["stages"]["hint"].update(bytes=-1), "stages.hint.bytes is -1"),
+        (lambda c: c["shape"].pop("steps"), "its shape is {'height': 128"),
+        (lambda c: c["shape"].update(depth=3), "its shape is {'depth': 3"),
+        (lambda c: c["shape"].update(width=0), "'width': 0"),
+        (lambda c: c.update(weights="random:"), "its weights are 'random:'"),
+        (lambda c: c.update(weights="random:1e3"), "its weights are 'random:1e3'"),
+        (lambda c: c.update(model=["x" * 100_000]), "model is ['xxxx"),
     ],
 )
 def test_a_manifest_edited_by_hand_is_refused(folder, change, said):

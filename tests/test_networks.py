@@ -92,9 +92,17 @@ def cases(name: str, shape: Shape) -> dict[str, tuple[Tensors, Tensors]]:
     latent = {"x": x, **run("hint", {"edges": edges})}
     encoded = run("unet_encoder", {"x": x, **given("unet_encoder")}) | run("control", latent | given("control"))
     count = sum(key.startswith("residual") for key in encoded)
-    update = {"guidance": torch.tensor([7.3]), "coefficients": torch.tensor([0.9, -0.3]), "noise": torch.randn_like(x)}
-    scales = {"scales": 0.5 + torch.rand(count, 2 * n)}
-    run("unet_decoder", {"x": x, **encoded, **given("unet_decoder"), **update, **scales})
+    update = {"x": x, "noise": torch.randn_like(x), "e1": torch.randn_like(x), "e2": torch.randn_like(x)}
+    update |= {"guidance": torch.tensor([7.3]), "coefficients": torch.tensor([0.9, -0.3, 0.2, -0.1])}
+    update |= {"scales": 0.5 + torch.rand(count, 2 * n)}
+    made_of_both = run("unet_decoder", {**encoded, **given("unet_decoder"), **update})
+
+    def halved(tensors: Tensors) -> Tensors:
+        return {key: tensor[:n] if len(tensor) == 2 * n else tensor for key, tensor in tensors.items()}
+
+    half = run("unet_encoder_cond", {"x": x, **halved(given("unet_encoder"))})
+    half = half | run("control_cond", latent | halved(given("control"))) | {"difference": made_of_both["difference"]}
+    run("unet_decoder_cond", {**half, **halved(given("unet_decoder")), **update})
     run("vae_decoder", {"x": x})
     run("vae_encoder", {"picture": (picture * 255).to(torch.uint8)})
     return made
@@ -275,7 +283,9 @@ def test_wrong_weights_show(stage: str, weights: Callable[[], Arrays]) -> None:
     assert fails(stage, Defined(stage, "tiny", SMALL, FUSED, weights()))
 
 
-@pytest.mark.parametrize("stage", ["clip", "control", "unet_encoder", "unet_decoder", "vae_decoder", "vae_encoder"])
+@pytest.mark.parametrize(
+    "stage", ["clip", "control", "unet_encoder", "unet_decoder", "unet_decoder_cond", "vae_decoder", "vae_encoder"]
+)
 def test_every_missing_sum_shows(stage: str) -> None:
     """Residuals, time rows, hint, biases, control's residuals, the update: each addition left out, one at a time."""
     names = [layer.name for layer in Defined(stage, "tiny", SMALL, FUSED, arrays("tiny")).layers if is_sum(layer)]

@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench.output import OutputError, check_output, output_folder
 from bench.report import MADE_BY
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -71,14 +76,34 @@ def test_the_earlier_run_comes_back_where_the_new_one_cannot_be_moved(monkeypatc
 def test_a_mounted_folder_is_filled_in_place(monkeypatch):
     Path("volume").mkdir()
     inode = os.stat("volume").st_ino
-    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    monkeypatch.setattr("bench.output.is_mount", lambda path: Path(path).name == "volume")
     run("volume", "candidate/a", "old")
     run("volume", "candidate/b")
     assert os.stat("volume").st_ino == inode
     assert files() == ["volume/candidate/b", "volume/results.json"] and os.listdir() == ["volume"]
 
 
-@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', "[]", "{"])
+SAVE = """
+from pathlib import Path
+from bench.output import check_output, output_folder
+check_output(Path("a volume"))
+with output_folder(Path("a volume")) as folder:
+    (folder / "a").write_text("a")
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare to mount a folder with")
+def test_a_folder_of_the_same_disk_that_is_mounted_is_filled_in_place(tmp_path):
+    Path("a volume").mkdir()
+    namespace, mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"], 'mount --bind "$0" "$0"'
+    if subprocess.run([*namespace, mount, "a volume"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a folder")
+    words = [*namespace, f'{mount} && exec "$@"', str(tmp_path / "a volume"), sys.executable, "-c", SAVE]
+    subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert files() == ["a volume/a"] and os.listdir("a volume") == ["a"]
+
+
+@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', "[]", "{", "[" * 100_000])
 def test_results_of_another_program_are_not_replaced(content):
     Path("score").mkdir()
     Path("score/results.json").write_text(content)

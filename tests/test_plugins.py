@@ -153,7 +153,8 @@ def test_a_library_that_does_not_fit_is_refused(lib: Path, monkeypatch: pytest.M
 
 def test_a_manifest_keeps_the_plugins_that_plans_need(tmp_path: Path) -> None:
     needs = {"CannyGroupNorm": "a" * 64}
-    Manifest("tiny", "tensorrt", "8.6.0", "H", "9.0", [], "random:0", "b" * 64, {}, {}, needs, folder=tmp_path).save()
+    size = {"height": 64, "width": 64, "samples": 1, "steps": 20}
+    Manifest("tiny", "tensorrt", "8.6.0", "H", "9.0", [], "random:0", "b" * 64, size, {}, needs, folder=tmp_path).save()
     assert Manifest.load(tmp_path).plugins == needs
 
 

@@ -133,7 +133,7 @@ def test_a_loop_of_20_steps_stays_finite(model):
     shape = Shape(64, 64)
     start = {stage: random_inputs(stage, TINY, shape, 0) for stage in ("clip", "hint", "time", "unet_decoder")}
     updates = Schedule.parse("full", 20).updates()
-    start["time"]["timesteps"] = np.array([update.timestep for update in updates], np.int32)
+    start["time"]["timesteps"] = np.array([update.evaluation.timestep for update in updates], np.int32)
     once = twin_outputs(model, "clip", start["clip"]) | twin_outputs(model, "time", start["time"])
     hint, x = twin_outputs(model, "hint", start["hint"]), start["unet_decoder"]["x"]
 
@@ -146,7 +146,8 @@ def test_a_loop_of_20_steps_stays_finite(model):
         made |= twin_outputs(model, "unet_encoder", {"x": x, **feed("unet_encoder", i)})
         largest = max(float(np.abs(array).max()) for array in made.values())
         assert largest < 1000, f"step {i}: {largest}"  # float16 ends at 65504
-        rest = {"x": x, "noise": np.zeros_like(x), "coefficients": np.array([update.a, update.b], np.float32)}
+        rest = dict.fromkeys(["noise", "e1", "e2"], np.zeros_like(x))
+        rest |= {"x": x, "coefficients": np.array([update.a, *update.b], np.float32)}
         rest |= {name: start["unet_decoder"][name] for name in ("scales", "guidance")}
         x = twin_outputs(model, "unet_decoder", made | feed("unet_decoder", i) | rest)["x_next"]
     assert np.isfinite(x).all() and 0.1 < x.std() < 100

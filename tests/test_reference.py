@@ -147,8 +147,9 @@ def test_damaged_weights_are_refused(tmp_path: Path, tiny: ControlLDM) -> None:
 def test_load_model_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
         load_model("tiny", tmp_path / "none.safetensors")
-    with pytest.raises(FileNotFoundError, match="--weights"):
-        load_model(TINY)
+    (tmp_path / "mine.yaml").write_text(Path(TINY).read_text())
+    with pytest.raises(FileNotFoundError, match=r"mine\{.safetensors,.pth,.ckpt\}; name their file with --weights"):
+        load_model(tmp_path / "mine.yaml")
 
 
 def test_public_names(tiny: ControlLDM) -> None:

@@ -25,7 +25,7 @@ from runtime.schedule import Schedule
 from trt_builder.config import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEDULE = Schedule("19,10", 20, (19, 10))
+SCHEDULE = Schedule.of("19,10", 20, (19, 10))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,17 @@ def engines(model, tmp_path, monkeypatch):
     monkeypatch.setattr("trt_builder.flavour.get_flavour", lambda name: FakeFlavour(cuda, model))
     write_engines(tmp_path / "tiny", model, Shape(64, 64, 1, 10))
     return tmp_path / "tiny"
+
+
+def test_every_schedule_is_held_against_pytorch(model):
+    given = bench.ours.arguments(64, 64)
+    staged = bench.peers.Watched(model, Schedule.parse("19,4", 20))
+    staged.process(**given)
+    arrays = {"latent/19,4": staged.latent.numpy() * 1.25}
+    ours = {"pictures": {"19,4": {"median": 3.0}}}
+    (found,) = bench.peers.by_schedule(ours, arrays, model, given, "cpu").values()
+    assert found["ms"] == 3.0 and found["off"] == pytest.approx(0.25) and 0 < found["off_fp16"] < 0.1
+    assert bench.peers.schedule_table({"19,4": found}).row_count == 1
 
 
 def test_ours_writes_all_that_the_table_needs(engines, tmp_path, monkeypatch, capsys, model):
@@ -102,7 +113,7 @@ def test_the_table_has_a_line_for_each_and_ratios_to_ours():
 
 
 def choose(backend, engines=None, shape=(64, 64, 1), model="tiny", weights=None):
-    made = tensorrt_candidate(backend, engines, model, weights, SCHEDULE, [shape])
+    made = tensorrt_candidate(backend, engines, model, weights, [SCHEDULE], [shape])
     if made:
         assert made.about()["folders"] == ["tiny"] and made.about()["memory"]["activation"] > 0
         made.close()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cldm.canny2image import Reference, Staged
+from cldm.canny2image import Denoiser, Reference, Staged
 from cldm.cldm import ControlLDM
 from cldm.ddim_hacked import DDIMSampler
 from cldm.model import create_model
@@ -48,8 +48,10 @@ def test_a_step_equals_the_plain_model(model: ControlLDM, samples: int, strength
     features = STAGES["hint"](model, {"edges": edges})
     rows = STAGES["time"](model, {"timesteps": torch.tensor([951, t])})
 
-    def own(stage: str) -> dict[str, Tensor]:
-        return Staged.inputs(stage, text, rows, 1)
+    denoiser = Denoiser(lambda *_: {}, text, features, rows, torch.empty(0), guidance)
+
+    def own(stage: str, cond: bool = False) -> dict[str, Tensor]:
+        return denoiser.inputs(stage, 1, samples if cond else 2 * samples)
 
     model.control_scales = control_scales(len(model.control_scales), strength, guess_mode)
     scales = torch.tensor(model.control_scales)[:, None].repeat(1, 2 * samples)
@@ -58,8 +60,14 @@ def test_a_step_equals_the_plain_model(model: ControlLDM, samples: int, strength
     noise = torch.randn_like(x)
     state = STAGES["control"](model, {"x": x} | features | own("control"))
     state |= STAGES["unet_encoder"](model, {"x": x} | own("unet_encoder"))
-    constants = {"scales": scales, "guidance": torch.tensor([guidance]), "coefficients": torch.tensor([0.9, -0.2])}
-    out = STAGES["unet_decoder"](model, state | constants | {"x": x, "noise": noise} | own("unet_decoder"))
+    e1, e2 = torch.randn_like(x), torch.randn_like(x)
+    constants = {"scales": scales, "guidance": torch.tensor([guidance]), "x": x, "noise": noise, "e1": e1, "e2": e2}
+    constants["coefficients"] = torch.tensor([0.9, -0.2, 0.3, -0.1]).double()
+    out = STAGES["unet_decoder"](model, state | constants | own("unet_decoder"))
+    half = STAGES["control_cond"](model, {"x": x} | features | own("control", True))
+    half |= STAGES["unet_encoder_cond"](model, {"x": x} | own("unet_encoder", True)) | constants
+    half["difference"] = out["difference"]
+    half = STAGES["unet_decoder_cond"](model, half | own("unet_decoder", True))
 
     times, hint = torch.full((samples,), t), [edges.expand(samples, -1, -1, -1)]
     context = text["context"]
@@ -68,7 +76,9 @@ def test_a_step_equals_the_plain_model(model: ControlLDM, samples: int, strength
     e_uncond = model.apply_model(x, times, uncond)
     e = e_uncond + guidance * (e_cond - e_uncond)
     assert close(out["e"], e)
-    assert close(out["x_next"], 0.9 * x - 0.2 * e + noise)
+    assert close(out["x_next"], 0.9 * x - 0.2 * e + 0.3 * e1 - 0.1 * e2 + noise)
+    assert close(out["difference"], e_cond - e_uncond)
+    assert close(half["e"], e) and close(half["x_next"], out["x_next"])
     assert not close(e_cond, e_uncond)
 
 
@@ -145,7 +155,7 @@ def test_the_staged_pipeline_skips_steps_as_the_loop_does(model: ControlLDM) -> 
             return self.kept
 
     schedule = Schedule.parse("9,8,5,1", 10)
-    evaluated = {u.timestep for u in schedule.updates()}
+    evaluated = {u.evaluation.timestep for u in schedule.updates()}
     arguments = {"input_image": read_image(BIRD)} | ARGUMENTS | {"ddim_steps": 10, "eta": 0.4}
     reference = Reference(model)
     reference.sampler = Skipping(model)

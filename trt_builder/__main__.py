@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import logging
 import os
 import signal
@@ -11,22 +12,24 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 from rich.logging import RichHandler
 
+from models import find_weights
 from plugins.load import require
 from runtime.engine import Engine, gpu
 from runtime.manifest import EngineError, Manifest, StagePlan, folder_name
 from trt_builder import build as building
 from trt_builder import verify as verifying
 from trt_builder.build import BuildError, Built, Request
-from trt_builder.config import MODELS, ModelConfig, Options, Shape
+from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.inspect import Report, inspected_layers, read_report
 from trt_builder.random_weights import identity, random_weights, write_random_weights
-from trt_builder.stages import STAGES
+from trt_builder.stages import COND, STAGES, USUAL
 from trt_builder.terminal import (
     ERRORS,
     Bar,
@@ -42,8 +45,6 @@ from trt_builder.weights import Weights, expected_shapes
 
 SIZES = {"tiny": (128, 128)}
 USUAL_SIZE = (256, 384)
-USUAL_WEIGHTS = {"tiny": MODELS / "tiny" / "tiny.safetensors", "sd15": MODELS / "control_sd15_canny.safetensors"}
-
 
 TWO_INTERPRETERS = """Compare the engines of a folder with PyTorch, output by output, on the same random inputs.
 
@@ -62,8 +63,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BuildError(f"{message} (see --help).")
 
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options of a command line; argparse itself takes "--steps=--" for an empty list."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word}: expected one argument")
+        return self.parse_args(words)
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Every command and option."""
     make = Parser(prog="trt_builder", description=__doc__, allow_abbrev=False)
     commands = make.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -73,10 +82,12 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=("fp16", "fp32"), default="fp16", help="(%(default)s)")
     add("--flavour", choices=("tensorrt", "tensorrt_rtx"), help="which TensorRT (the first one installed)")
     add("--target", default="", help="what tensorrt_rtx builds for, such as sm86,sm89 (the GPU here; without one, all)")
-    add("--stages", default=",".join(STAGES), help="(%(default)s)")
+    add("--stages", default=",".join(USUAL), help="(%(default)s)")
+    add("--cond", action="store_true", help=f"{', '.join(COND)}, too: for schedules with evaluate-cond")
     add("--attention", choices=("fused", "plain", "own"), default="fused", help="(%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
+    add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
@@ -121,11 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 where verify finds an output over its tolerance, 2 for bad input, 130 when stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown ends nothing
     handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     commands = {"build": build, "inspect": inspect, "verify": verify, "random-weights": write_weights}
     try:
-        options = parser().parse_args(argv)
+        options = parser().parse(argv)
         return commands[options.command](options)
     except KeyboardInterrupt:
         print("trt_builder: stopped; of a build, what was finished is kept and the next continues.", file=sys.stderr)
@@ -146,14 +160,34 @@ def sentence(error: BaseException) -> str:
 
 def build(options: argparse.Namespace) -> int:
     """Build the engines and say what was done."""
-    wanted = facts(options)
+    wanted = request(options, facts(options))
+    if not wanted.manifest.weights.startswith("random:"):
+        wanted.load()  # that they fit is worth knowing before anything is written
+    show = Bar(wanted.stages)
+    rows: list[Built] = building.build(wanted, show)
+    output().print(build_table(wanted.manifest, rows))
+    if any(row.warnings for row in rows):
+        show.say(f"TensorRT's warnings are in {wanted.manifest.folder / building.LOG}.")
+    return 0
+
+
+def request(options: argparse.Namespace, wanted: Manifest) -> Request:
+    """What the options of `build` ask for; BuildError or FlavourError where it cannot be had here.
+
+    wanted: the model, weights and shape, as `facts` gives them.
+    """
     config, shape = ModelConfig.load(wanted.model), Shape(**wanted.shape)
-    stages = tuple(names(options.stages))
+    stages = tuple(dict.fromkeys([*names(options.stages), *(COND if options.cond else ())]))
     unknown = [name for name in stages if name not in STAGES]
     if unknown or not stages:
         raise BuildError(f"there is no stage {', '.join(unknown) or 'named'}: take some of {','.join(STAGES)}.")
     switches = Options(
-        options.precision, options.attention, options.qkv, not options.no_shared_prefix, options.group_norm
+        options.precision,
+        options.attention,
+        options.qkv,
+        not options.no_shared_prefix,
+        options.boundary,
+        options.group_norm,
     )
     flavour = get_flavour(options.flavour)
     name, capability, targets = place(flavour, names(options.target.lower()))
@@ -168,23 +202,17 @@ def build(options: argparse.Namespace) -> int:
         plugins=flavour.load_plugins(switches),
         folder=options.output / folder_name(wanted.model, shape.height, shape.width, shape.samples, switches.precision),
     )
-    show = Bar(stages)
 
+    @cache  # it reads all of them, to see that they are finite
     def load() -> Weights:
         return weights_of(manifest, config)
 
-    if not manifest.weights.startswith("random:"):
-        load()  # that they fit is worth knowing before anything is written
-    rows: list[Built] = building.build(Request(manifest, config, shape, switches, flavour, stages, load), show)
-    output().print(build_table(manifest, rows))
-    if any(row.warnings for row in rows):
-        show.say(f"TensorRT's warnings are in {manifest.folder / building.LOG}.")
-    return 0
+    return Request(manifest, config, shape, switches, flavour, stages, load)
 
 
 def names(text: str) -> list[str]:
-    """The parts of a list written with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The parts of a list written with commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def facts(options: argparse.Namespace) -> Manifest:
@@ -201,10 +229,10 @@ def facts(options: argparse.Namespace) -> Manifest:
         weights = f"random:{options.random_weights}"
         digest = identity(expected_shapes(config), options.random_weights)
     else:
-        path = options.weights or USUAL_WEIGHTS.get(model)
-        if path is None or not path.is_file():
-            place = f"at {path}" if path else f"for {model}"
-            raise BuildError(f"there are no weights {place}: name a file with --weights, or take --random-weights 0.")
+        try:
+            path = find_weights(model, options.weights)
+        except FileNotFoundError as error:
+            raise BuildError(f"{error}, or take --random-weights 0.") from None
         with ERRORS.status(f"reading {path}"):
             weights, digest = str(path), file_sha256(path)
     sizes = {"height": shape.height, "width": shape.width, "samples": shape.samples, "steps": shape.steps}
@@ -357,7 +385,8 @@ def stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a program that may build engines, and leave with its status, also where TensorRT does not stop."""
     signal.signal(signal.SIGTERM, stop)
     status = main()
     sys.stdout.flush()
@@ -365,3 +394,7 @@ if __name__ == "__main__":
     if any(thread.name == building.THREAD and thread.is_alive() for thread in threading.enumerate()):
         os._exit(status)  # TensorRT is still at work in there, and nothing else stops it
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run(main)

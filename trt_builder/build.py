@@ -20,14 +20,16 @@ from runtime.manifest import EngineError, Manifest, StagePlan, write_whole
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour
 from trt_builder.inspect import report_path, write_report
-from trt_builder.stages import define
+from trt_builder.stages import COND, define
 from trt_builder.weights import Weights, expected_shapes
 
 THREAD = "tensorrt-build"
 LOG = "build.log"
 TIMING_CACHE = "timing.cache"
 TIMINGS = "timings.json"  # that verify --time took
-NOT_DEFINITION = {"__main__.py", "build.py", "inspect.py", "verify.py", "random_weights.py", "terminal.py"}
+NOT_DEFINITION = {
+    "__main__.py", "build.py", "convert.py", "inspect.py", "verify.py", "random_weights.py", "terminal.py",
+}  # fmt: skip
 SPARE = 64 << 20  # bytes of disk beyond the plans, for reports, log and timing cache
 
 # Which weights a stage holds, for the estimate of its plan's size.
@@ -42,6 +44,7 @@ STAGE_WEIGHTS = {
     "vae_decoder": r"^first_stage_model\.(decoder|post_quant)",
     "vae_encoder": r"^first_stage_model\.(encoder|quant)",
 }
+STAGE_WEIGHTS |= {name: STAGE_WEIGHTS[name.removesuffix("_cond")] for name in COND}
 
 
 class BuildError(ValueError):
@@ -95,19 +98,25 @@ class BuildLog:
     file: TextIO
     warnings: int = 0
     error: str = ""
+    full: OSError | None = None  # why the file could not be written to
     layers: str = ""  # TensorRT-RTX tells its layers in the verbose log, and nowhere else without a GPU
 
     def add(self, severity: str, message: str) -> None:
         """Take one message."""
         if message.startswith("Layers:\n"):
             self.layers = message
-        if severity == "VERBOSE" or self.file.closed:  # closed after Ctrl-C, when TensorRT has not ended yet
+        if (
+            severity == "VERBOSE" or self.full or self.file.closed
+        ):  # closed after Ctrl-C, when TensorRT has not ended yet
             return
         self.warnings += severity == "WARNING"
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.error = " ".join(message.split())
-        self.file.write(f"{severity} {message}\n")
-        self.file.flush()
+        try:
+            self.file.write(f"{severity} {message}\n")
+            self.file.flush()
+        except OSError as error:  # raised from here, TensorRT would print its stack and go on
+            self.full = error
 
 
 @dataclass
@@ -261,10 +270,15 @@ def build_stage(request: Request, stage: str, key: str, weights: Weights, show: 
             log = BuildLog(file)
             patience = 10.0 if request.flavour.progress else 0.0  # without a monitor nothing stops TensorRT
             plan = in_thread(lambda stopped: serialize(request, stage, weights, log, show, stopped), patience)
+            if log.full:
+                raise log.full
             seconds = time.perf_counter() - begin
             entry = StagePlan(key, hashlib.sha256(plan).hexdigest(), plan.nbytes, round(seconds, 3))
             write_whole(folder / f"{stage}.plan", plan)
             return entry, log.warnings
+    except OSError as error:
+        error.filename = error.filename or str(folder / LOG)
+        raise
     finally:
         show.end()
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-NAMED = {"sd15": "cldm_v15.yaml", "tiny": "tiny/tiny.yaml"}
-MODELS = Path(__file__).resolve().parent.parent / "models"
+from models import DESCRIPTIONS, description
+
+LARGEST_SIDE, MOST_SAMPLES, MOST_STEPS = 8192, 1000, 1000  # beyond the first two no GPU, beyond the last no model goes
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)
 
 Kind = Literal["conv", "res", "transformer", "down", "up"]
@@ -158,16 +161,19 @@ class ModelConfig:
 
         Raises FileNotFoundError, or ValueError where the yaml names something unknown or leaves something out.
         """
-        path = MODELS / NAMED[str(path_or_name)] if str(path_or_name) in NAMED else Path(path_or_name)
+        path = description(path_or_name)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no model description {path}; known names are {', '.join(NAMED)}")
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+            raise FileNotFoundError(f"there is no model description {path}; known names are {', '.join(DESCRIPTIONS)}")
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
             raise ValueError(f"{path}: no `model` at its top level")
         model = _params(config["model"], str(path))
         if not isinstance(model, _Model):
             raise ValueError(f"{path}: the model's target must be ControlLDM, not {config['model']['target']}")
-        name = next((n for n, file in NAMED.items() if MODELS / file == path), path.stem)
+        name = next((n for n, file in DESCRIPTIONS.items() if file == path), path.stem)
         return model.config(name)
 
     def consumers(self) -> dict[str, list[Block]]:
@@ -305,7 +311,7 @@ class Shape:
     """What an engine is built for: a picture's height and width in pixels, and how many samples at once.
 
     `steps` is the number of timesteps that the `time` stage embeds; no other stage depends on it. Raises ValueError
-    where a side is no positive multiple of 64, or a number is below 1.
+    where a side is no multiple of 64 from 64 to 8192, or a number does not lie between 1 and 1000.
     """
 
     height: int
@@ -315,12 +321,13 @@ class Shape:
 
     def __post_init__(self) -> None:
         for name, value in (("height", self.height), ("width", self.width)):
-            if value < 64 or value % 64:
-                raise ValueError(f"the {name} is {value}, but must be a positive multiple of 64 (the nearest: "
-                                 f"{max(64, round(value / 64) * 64)})")  # fmt: skip
-        for name, value in (("number of samples", self.samples), ("number of steps", self.steps)):
-            if value < 1:
-                raise ValueError(f"the {name} is {value}, but must be at least 1")
+            if not 64 <= value <= LARGEST_SIDE or value % 64:
+                nearest = min(max(64, (value + 32) // 64 * 64), LARGEST_SIDE)
+                raise ValueError(f"the {name} is {value}, but must be a multiple of 64 from 64 to {LARGEST_SIDE} "
+                                 f"(the nearest: {nearest})")  # fmt: skip
+        for name, value, most in (("samples", self.samples, MOST_SAMPLES), ("steps", self.steps, MOST_STEPS)):
+            if not 1 <= value <= most:
+                raise ValueError(f"the number of {name} is {value}, but must lie between 1 and {most}")
 
     @property
     def h(self) -> int:
@@ -347,6 +354,7 @@ class Options:
         the plugin of plugins/ where it serves, else the fused form.
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
+    boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
         the built-in plugin where it can be had, else the layer.
     """
@@ -355,6 +363,7 @@ class Options:
     attention: Literal["fused", "plain", "own"] = "fused"
     qkv: Literal["joined", "apart"] = "joined"
     shared_prefix: bool = True
+    boundary: Literal["channels-last", "linear"] = "channels-last"
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
 
     def __post_init__(self) -> None:
@@ -372,4 +381,5 @@ def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "attention", ("fused", "plain", "own")
     yield "qkv", ("joined", "apart")
     yield "shared_prefix", (True, False)
+    yield "boundary", ("channels-last", "linear")
     yield "group_norm", ("auto", "own", "builtin", "native")

@@ -222,12 +222,7 @@ class Flavour:
             raise FlavourError(f"there is no plugin {plugin}: {why}; use another --{option}")
 
     def add_own(
-        self,
-        network: tensorrt.INetworkDefinition,
-        plugin: str,
-        inputs: Sequence[tensorrt.ITensor],
-        name: str,
-        **numbers: float,
+        self, network: Any, plugin: str, inputs: Sequence[tensorrt.ITensor], name: str, **numbers: float
     ) -> tensorrt.ILayer:
         """Add one of our plugins with its fields, int32 or float as the number is an int or a float."""
         trt_, kinds = self.trt, self.trt.PluginFieldType
@@ -292,9 +287,16 @@ class Flavour:
         if monitor is not None and self.progress:
             config.progress_monitor = monitor
         if self.timing_cache:
-            config.set_timing_cache(config.create_timing_cache(timing_cache), False)
+            self.take_timing_cache(config, timing_cache)
         self._set_targets(config, targets)
         return config
+
+    def take_timing_cache(self, config: Any, content: bytes) -> None:
+        """Give a configuration a timing cache, an empty one where this one is damaged or of another GPU or TensorRT."""
+        cache = config.create_timing_cache(content)
+        if cache is None or not config.set_timing_cache(cache, False):
+            log.warning("The timing cache is damaged or of another GPU or TensorRT: a new one is begun.")
+            config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def _set_targets(self, config: Any, targets: Sequence[str]) -> None:
         known = self.targets()

@@ -126,7 +126,7 @@ def read_report(folder: Path, stage: str) -> Report | None:
         return Report(**tensors, layers=layers, softmaxes=int(content["softmaxes"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(f"{path} is damaged ({error}): delete it and the plan, and build again.") from None
 
 
@@ -201,7 +201,9 @@ def condensed(tensors: Iterable[Tensor]) -> list[str]:
     for _, group in groupby(ordered, key=lambda t: (stem(t.name), t.dtype, t.format)):
         family = list(group)
         sizes = list(dict.fromkeys("×".join(map(str, t.shape)) for t in family))
-        names = family[0].name if len(family) == 1 else f"{stem(family[0].name)}0…{len(family) - 1}"
+        base = stem(family[0].name)
+        numbers = sorted(int(t.name.removeprefix(base) or 0) for t in family)
+        names = family[0].name if len(family) == 1 else f"{base}{numbers[0]}…{numbers[-1]}"
         lines.append(f"{names}  {', '.join(sizes)} {family[0].dtype.lower()} {family[0].format}".rstrip())
     return lines
 

@@ -61,6 +61,16 @@ class Stage:
     names: dict[str, int] = field(default_factory=dict)
 
     @property
+    def base(self) -> str:
+        """The stage without `_cond`: what its blocks, rows, K and V are those of."""
+        return self.name.removesuffix("_cond")
+
+    @property
+    def batch(self) -> int:
+        """Rows that this stage works on: both halves, or the prompt's alone."""
+        return self.shape.batch if self.name == self.base else self.shape.samples
+
+    @property
     def dtype(self) -> Any:
         """What weights, feature maps and matrix products are in."""
         return np.float16 if self.options.precision == "fp16" else np.float32
@@ -85,15 +95,17 @@ class Stage:
         y.allowed_formats = self._formats(channels_last)
 
     def _formats(self, channels_last: bool) -> int:
-        return self.flavour.channels_last(self.options.precision) if channels_last else self.flavour.linear()
+        if channels_last and self.options.boundary == "channels-last":
+            return self.flavour.channels_last(self.options.precision)
+        return self.flavour.linear()
 
     def rows(self) -> list[trt.ITensor]:
         """The inputs row0, row1, … (1, C_i)."""
-        return [self.input(f"row{i}", (1, x.out_channels)) for i, x in enumerate(self.config.rows(self.name))]
+        return [self.input(f"row{i}", (1, x.out_channels)) for i, x in enumerate(self.config.rows(self.base))]
 
     def keys_values(self) -> list[KV]:
         """The inputs k0, v0, k1, v1, … (B, 77, C_i)."""
-        shapes = [(self.shape.batch, self.config.clip.max_length, c) for _, c in self.config.attentions(self.name)]
+        shapes = [(self.batch, self.config.clip.max_length, c) for _, c in self.config.attentions(self.base)]
         return [(self.input(f"k{i}", shape), self.input(f"v{i}", shape)) for i, shape in enumerate(shapes)]
 
     def latent(self, name: str) -> trt.ITensor:
@@ -107,13 +119,13 @@ class Stage:
         sizes = list(zip(unet.channels, unet.scales, strict=True))
         names = [*(f"{name}{i}" for i in range(len(sizes))), middle]
         return [
-            self.input(name, (shape.batch, channels, shape.h // scale, shape.w // scale), channels_last=True)
+            self.input(name, (self.batch, channels, shape.h // scale, shape.w // scale), channels_last=True)
             for name, (channels, scale) in zip(names, [*sizes, sizes[-1]], strict=True)
         ]
 
     def prefix_batch(self, net: Net, x: trt.ITensor) -> trt.ITensor:
         """x, repeated to the whole batch where what comes before the first cross-attention is not shared."""
-        return x if self.options.shared_prefix else match_batch(net, x, self.shape.batch)
+        return x if self.options.shared_prefix else match_batch(net, x, self.batch)
 
 
 def clip(stage: Stage) -> None:
@@ -161,7 +173,7 @@ def control(stage: Stage) -> None:
     hint = stage.input("hint", (1, config.model_channels, shape.h, shape.w), channels_last=True)
     rows, kv = iter(stage.rows()), iter(stage.keys_values())
     for i, r in enumerate(residuals(net, config, x, hint, rows, kv)):
-        stage.output(f"residual{i}", match_batch(net, r, shape.batch), channels_last=True)
+        stage.output(f"residual{i}", match_batch(net, r, stage.batch), channels_last=True)
 
 
 def unet_encoder(stage: Stage) -> None:
@@ -171,41 +183,69 @@ def unet_encoder(stage: Stage) -> None:
     x = stage.prefix_batch(net, net.cast(stage.latent("x")))
     skips, middle = encode(net, config, x, iter(stage.rows()), iter(stage.keys_values()))
     for i, s in enumerate(skips):
-        stage.output(f"skip{i}", match_batch(net, s, stage.shape.batch), channels_last=True)
+        stage.output(f"skip{i}", match_batch(net, s, stage.batch), channels_last=True)
     stage.output("middle", middle, channels_last=True)
 
 
 def unet_decoder(stage: Stage) -> None:
-    """Skips, middle and residuals → `e` (N, 4, h, w) and `x_next` (N, 4, h, w).
+    """Skips, middle and residuals → `e` (N, 4, h, w), `difference` (N, 4, h, w) and `x_next` (N, 4, h, w).
 
     Besides `skip<i>`, `middle`, `residual<i>`, `row<i>`, `k<i>`, `v<i>` it takes `scales` (residuals, B), one control
-    scale per residual and row; `guidance` (1,); `x` (N, 4, h, w); `noise` (N, 4, h, w); and `coefficients` (2,), the
-    a, b of the update x' = a·x + b·e + noise.
+    scale per residual and row; `guidance` (1,); `x`, `noise` (N, 4, h, w); `e1` and `e2` (N, 4, h, w), the e of one and
+    of two evaluations before; and `coefficients` (4,), the a, b0, b1, b2 of the update
+    x' = a·x + b0·e + b1·e1 + b2·e2 + noise. `difference` is what guidance multiplies, cond less uncond.
     """
+    both, guidance = output_half(stage)
+    exact = stage.net(stage.config.unet.prefix).float32()
+    cond, uncond = chunk(exact, exact.cast(both), 2, 0)
+    difference = sub(exact, cond, uncond)
+    e = add(exact, uncond, mul(exact, guidance, difference, "amplified"), "guided")
+    stage.output("e", e, np.float32)
+    stage.output("difference", difference, np.float32)
+    update(stage, e)
+
+
+def unet_decoder_cond(stage: Stage) -> None:
+    """As `unet_decoder`, but of the prompt's half alone: it takes the last `difference` (N, 4, h, w) and keeps it."""
+    cond, guidance = output_half(stage)
+    exact = stage.net(stage.config.unet.prefix).float32()
+    rest = sub(exact, guidance, scalar(exact, guidance, 1.0), "guidance_less_one")
+    e = add(exact, exact.cast(cond), mul(exact, rest, stage.latent("difference"), "amplified"), "guided")
+    stage.output("e", e, np.float32)
+    update(stage, e)
+
+
+def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
+    """The UNet's output half of skips and middle with the scaled residuals added (rows, 4, h, w), and the guidance."""
     config = stage.config.unet
     *skips, middle = stage.maps("skip", "middle")
     residuals = stage.maps("residual", f"residual{len(skips)}")
     rows, kv = iter(stage.rows()), iter(stage.keys_values())
     scales = stage.input("scales", (len(residuals), stage.shape.batch), np.float32)
     guidance = stage.input("guidance", (1,), np.float32)
-    x, noise = stage.latent("x"), stage.latent("noise")
-    coefficients = stage.input("coefficients", (2,), np.float32)
 
     net = stage.net(config.prefix)
+    if stage.batch < stage.shape.batch:
+        scales = chunk(net.float32(), scales, 2, 1)[0]
     scaled = scale_rows(net, residuals, scales)
     *skips, middle = (
         add(net, s, r, f"add_residual{i}") for i, (s, r) in enumerate(zip([*skips, middle], scaled, strict=True))
     )
-    both = decode(net, config, skips, middle, rows, kv)
+    return decode(net, config, skips, middle, rows, kv), reshape(net.float32(), guidance, (1, 1, 1, 1), what="guidance")
 
-    exact = net.float32()
-    cond, uncond = chunk(exact, exact.cast(both), 2, 0)
-    guidance = reshape(exact, guidance, (1, 1, 1, 1), what="guidance")
-    e = add(exact, uncond, mul(exact, guidance, sub(exact, cond, uncond)), "guided")
-    a, b = chunk(exact, reshape(exact, coefficients, (2, 1, 1, 1), what="coefficients"), 2, 0)
-    x_next = add(exact, add(exact, mul(exact, a, x, "a_x"), mul(exact, b, e, "b_e")), noise, "add_noise")
-    stage.output("e", e, np.float32)
-    stage.output("x_next", x_next, np.float32)
+
+def update(stage: Stage, e: trt.ITensor) -> None:
+    """The output `x_next`: x after the steps that the coefficients stand for."""
+    exact = stage.net(stage.config.unet.prefix).float32()
+    x, e1, e2, noise = (stage.latent(name) for name in ("x", "e1", "e2", "noise"))
+    coefficients = stage.input("coefficients", (4,), np.float32)
+    factors = chunk(exact, reshape(exact, coefficients, (4, 1, 1, 1), what="coefficients"), 4, 0)
+    names = ("a_x", "b_e", "b_e1", "b_e2")
+    a_x, *others = (mul(exact, c, t, n) for c, t, n in zip(factors, (x, e, e1, e2), names, strict=True))
+    x_next = a_x
+    for term, name in zip(others, ("add_e", "add_e1", "add_e2"), strict=True):
+        x_next = add(exact, x_next, term, name)
+    stage.output("x_next", add(exact, x_next, noise, "add_noise"), np.float32)
 
 
 def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor) -> list[trt.ITensor]:
@@ -249,8 +289,13 @@ _DEFINE: dict[str, Callable[[Stage], None]] = {
     "unet_decoder": unet_decoder,
     "vae_decoder": vae_decoder,
     "vae_encoder": vae_encoder,
+    "control_cond": control,
+    "unet_encoder_cond": unet_encoder,
+    "unet_decoder_cond": unet_decoder_cond,
 }
 STAGES: tuple[str, ...] = tuple(_DEFINE)
+COND = tuple(name for name in STAGES if name.endswith("_cond"))  # for schedules with evaluate-cond, and built on demand
+USUAL = tuple(name for name in STAGES if name not in COND)
 
 
 def define(

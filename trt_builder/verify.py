@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
 
 TOLERANCE = {"fp16": 2e-2, "fp32": 1e-3}  # on ‖a − b‖ / ‖b‖
+VERDICT = "verified.json"
 STEP = ("control", "unet_encoder", "unet_decoder")  # what runs once per evaluated step
 Arrays = dict[str, np.ndarray]
 
@@ -55,8 +56,9 @@ class Comparison:
 def input_shapes(stage: str, config: ModelConfig, shape: Shape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every input of a stage, as `cldm.stages` names them; raises ValueError for an unknown stage."""
     n, b, h, w = shape.samples, shape.batch, shape.h, shape.w
+    base, rows = stage.removesuffix("_cond"), n if stage.endswith("_cond") else b
     x = {"x": (n, config.unet.in_channels, h, w)}
-    if stage not in config.consumers():
+    if base not in config.consumers():
         outside: dict[str, dict[str, tuple[int, ...]]] = {
             "clip": {"tokens": (b, config.clip.max_length)},
             "hint": {"edges": (1, config.hint_channels, shape.height, shape.width)},
@@ -69,16 +71,17 @@ def input_shapes(stage: str, config: ModelConfig, shape: Shape) -> dict[str, tup
             raise ValueError(f"there is no stage {stage!r}; the stages are {names}.")
         return outside[stage]
     shapes: dict[str, tuple[int, ...]] = dict(x)
-    if stage == "control":
+    if base == "control":
         shapes["hint"] = (1, config.control.model_channels, h, w)
-    if stage == "unet_decoder":
-        maps = [(b, c, h // s, w // s) for c, s in zip(config.unet.channels, config.unet.scales, strict=True)]
+    if base == "unet_decoder":
+        maps = [(rows, c, h // s, w // s) for c, s in zip(config.unet.channels, config.unet.scales, strict=True)]
         shapes |= {f"skip{i}": size for i, size in enumerate(maps)} | {"middle": maps[-1]}
         shapes |= {f"residual{i}": size for i, size in enumerate([*maps, maps[-1]])}
-        shapes |= {"scales": (len(maps) + 1, b), "guidance": (1,), "noise": x["x"], "coefficients": (2,)}
-    shapes |= {f"row{i}": (1, layer.out_channels) for i, layer in enumerate(config.rows(stage))}
-    for i, (_, channels) in enumerate(config.attentions(stage)):
-        shapes |= {f"{kind}{i}": (b, config.clip.max_length, channels) for kind in "kv"}
+        shapes |= {"scales": (len(maps) + 1, b), "guidance": (1,), "coefficients": (4,)}
+        shapes |= dict.fromkeys(["noise", "e1", "e2"] + ["difference"] * (rows < b), x["x"])
+    shapes |= {f"row{i}": (1, layer.out_channels) for i, layer in enumerate(config.rows(base))}
+    for i, (_, channels) in enumerate(config.attentions(base)):
+        shapes |= {f"{kind}{i}": (rows, config.clip.max_length, channels) for kind in "kv"}
     return shapes
 
 
@@ -102,8 +105,11 @@ def random_inputs(stage: str, config: ModelConfig, shape: Shape, seed: int) -> A
             return np.sort(draw.integers(1, 1000, size)).astype(np.int32)[::-1].copy()
         if name == "edges":
             return np.repeat(draw.random((1, 1, *size[2:])) < 0.1, size[1], axis=1).astype(np.float32)
-        numbers = {"guidance": lambda: np.full(size, 9.0), "coefficients": lambda: np.array([1.3125, -0.3125]),
-                   "scales": lambda: 1 + 0.25 * draw.standard_normal(size)}  # fmt: skip
+        numbers = {
+            "guidance": lambda: np.full(size, 9.0),
+            "coefficients": lambda: np.array([1.3125, -0.3125, 0.125, -0.0625]),
+            "scales": lambda: 1 + 0.25 * draw.standard_normal(size),
+        }
         return numbers.get(name, lambda: draw.standard_normal(size))().astype(np.float16).astype(np.float32)
 
     return {name: one(name, size) for name, size in input_shapes(stage, config, shape).items()}
@@ -115,8 +121,8 @@ def load_twin(manifest: Manifest, device: str) -> ControlLDM:
 
     from cldm.canny2image import load_model
     from cldm.model import create_model
+    from models import description
     from runtime.schedule import noise_schedule
-    from trt_builder.config import MODELS, NAMED
     from trt_builder.random_weights import random_weights
     from trt_builder.weights import expected_shapes
 
@@ -127,7 +133,7 @@ def load_twin(manifest: Manifest, device: str) -> ControlLDM:
     name = manifest.model
     constants = {key: value.shape for key, value in noise_schedule().items()}
     shapes = {**constants, **expected_shapes(ModelConfig.load(name))}
-    model = create_model(MODELS / NAMED[name] if name in NAMED else name, "meta")
+    model = create_model(description(name), "meta")
     arrays = random_weights(shapes, int(seed))
     tensors = {key: torch.from_numpy(arrays.pop(key)).to(device).float() for key in list(arrays)}
     model.load_state_dict(tensors, assign=True)
@@ -249,6 +255,24 @@ def save_timings(manifest: Manifest, gpu: str, times: Mapping[str, list[float]])
     content = {"gpu": gpu, "flavour": manifest.flavour, "version": manifest.version, "stages": stages}
     write_whole(manifest.folder / TIMINGS, (json.dumps(content, indent=1) + "\n").encode())
     return content
+
+
+def save_verdict(manifest: Manifest, rows: Iterable[Comparison]) -> None:
+    """Write verified.json into the engine folder: that these plans were verified, and how far off they were."""
+    plans = {stage: plan.sha256 for stage, plan in manifest.stages.items()}
+    content = {"plans": plans, "comparisons": as_rows(rows)}
+    write_whole(manifest.folder / VERDICT, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def saved_verdict(manifest: Manifest) -> list[Comparison]:
+    """The comparisons of an earlier `save_verdict`, or none where it was of other plans or cannot be read."""
+    try:
+        content = json.loads((manifest.folder / VERDICT).read_text(encoding="utf-8"))
+        if content["plans"] != {stage: plan.sha256 for stage, plan in manifest.stages.items()}:
+            return []
+        return [Comparison(**{key: row[key] for key in row if key != "passed"}) for row in content["comparisons"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []  # it only saves time
 
 
 def about(manifest: Manifest) -> dict[str, Any]:

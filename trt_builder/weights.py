@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from trt_builder.config import Block, ModelConfig, UNetConfig, VAEConfig
 
@@ -53,21 +54,21 @@ class Weights(Mapping[str, np.ndarray]):
             raise FileNotFoundError(f"there are no weights at {path}")
         if path.suffix != ".safetensors":
             raise WeightsError(f"{path} is no .safetensors file: convert it first (python preprocess.py does)")
-        size = path.stat().st_size
         try:
+            with safe_open(path, framework="numpy"):  # which checks every size and place in the header
+                pass
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, size)))
+                header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = {
                 name: (_TYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0], e["dtype"] == "BF16")
                 for name, e in header.items()
             }
-            end = max((8 + length + e["data_offsets"][1] for e in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise WeightsError(f"{path} cannot be read as .safetensors: {error!r}") from None
-        if end > size:
-            raise WeightsError(f"{path} is cut short: it has {size} bytes and should have {end}")
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
+        except KeyError as error:
+            raise WeightsError(f"{path} holds weights of the type {error}, which is not read") from None
         data = np.memmap(path, np.uint8, "r")
         arrays = {name: _view(data, *entry[:3]) for name, entry in entries.items()}
         weights = cls(arrays, str(path))
@@ -110,9 +111,9 @@ class Weights(Mapping[str, np.ndarray]):
         self._kept.clear()
 
     def check(self, config: ModelConfig) -> None:
-        """Compare names and shapes with what the stages of a model need; names that no stage needs are left alone.
+        """Compare with what the stages of a model need, and read all of it; names that no stage needs are left alone.
 
-        Raises WeightsError that names the first ten missing and the first ten of the wrong shape.
+        Raises WeightsError that names the first ten missing, of the wrong shape, and with NaN or infinite numbers.
         """
         expected = expected_shapes(config)
         missing = [name for name in expected if name not in self]
@@ -121,9 +122,10 @@ class Weights(Mapping[str, np.ndarray]):
             for name, shape in expected.items()
             if name in self and self._arrays[name].shape != shape
         ]
+        infinite = [] if missing or wrong else [name for name in expected if not np.isfinite(self[name]).all()]
         found = [
             f"{len(names)} {kind}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-            for kind, names in (("missing", missing), ("wrong-shaped", wrong))
+            for kind, names in (("missing", missing), ("wrong-shaped", wrong), ("with NaN or infinity", infinite))
             if names
         ]
         if found:

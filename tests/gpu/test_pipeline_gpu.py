@@ -44,8 +44,8 @@ def test_the_same_picture_every_time_and_by_every_switch(engines: Path, given: d
         assert first[0].std() > 5
         assert all(np.array_equal(pipeline.process(**given), first) for _ in range(100))
     for change in (
-        {"graph": "step"}, {"graph": "none"}, {"two_streams": False}, {"overlap": False}, {"skip_text": False},
-        {"share_memory": False},
+        {"graph": "step"}, {"graph": "none"}, {"two_streams": False}, {"hoist": False}, {"overlap": False},
+        {"skip_text": False}, {"share_memory": False},
     ):  # fmt: skip
         with Canny2Image(engines, options=replace(usual, **change)) as pipeline:
             pictures = [pipeline.process(**given), pipeline.process(**given)]
@@ -96,7 +96,7 @@ def test_a_profile_has_a_time_for_each(engines: Path, given: dict) -> None:
     with Canny2Image(engines) as pipeline:
         first = pipeline.process(**given)
         times = pipeline.profile(20)
-        assert times.keys() == {*STAGES, "step", "picture"} and min(times.values()) > 0
+        assert times.keys() >= {*STAGES, "step", "picture"} and min(times.values()) > 0
         np.testing.assert_array_equal(pipeline.process(**given), first)
 
 
