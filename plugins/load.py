@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from runtime.manifest import EngineError
+
 FOLDER = Path(__file__).resolve().parent
 LIB = FOLDER / "lib"
 SOURCES = ("CMakeLists.txt", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
@@ -20,7 +22,7 @@ FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 
 
-class PluginError(ValueError):
+class PluginError(EngineError):
     """Plugins that are missing, do not fit or cannot be built; the text is one sentence that says what to do."""
 
 
