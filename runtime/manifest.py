@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 MADE_BY = "canny2image-trt trt_builder"
 NAME = "manifest.json"
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
@@ -54,7 +54,8 @@ class Manifest:
     """What an engine folder was built from.
 
     `gpu` and `capability` ("8.9") are those of the building GPU; a flavour that builds for listed `targets` ("sm89")
-    has these instead. `weights` is a path, or "random:<seed>".
+    has these instead. `weights` is a path, or "random:<seed>". `plugins`: those that the plans need, by name,
+    with the SHA-256 of their sources.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Manifest:
     weights_sha256: str
     shape: dict[str, int]
     options: dict[str, str | bool]
+    plugins: dict[str, str] = field(default_factory=dict)
     stages: dict[str, StagePlan] = field(default_factory=dict)
     folder: Path = Path()
 

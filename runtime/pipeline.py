@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from plugins.load import require
 from runtime.engine import OutOfMemory, gpu
 from runtime.images import canny_hint, resize_image, resized_size
 from runtime.manifest import NAME, EngineError, Manifest, folders_in
@@ -35,7 +36,7 @@ class Canny2Image:
     engines: a folder that `python -m trt_builder build` made, or one that holds several, for several shapes.
     schedule: what `Schedule.parse` takes, or a Schedule. model: where the folder holds several, the one to take.
     Raises EngineError where there is no GPU, no engine, or one for another GPU or TensorRT or that is damaged,
-    FlavourError where TensorRT is not installed, and OutOfMemory (an EngineError).
+    FlavourError where TensorRT is not installed, PluginError where plugins are missing, OutOfMemory (an EngineError).
     One picture at a time: `process` refuses a second thread.
     """
 
@@ -240,6 +241,7 @@ class Canny2Image:
         self._last = None  # it may be of the session that goes
         flavour = get_flavour(manifest.flavour)
         manifest.check(flavour.name, flavour.trt.__version__, self._here.name, self._here.capability)
+        require(manifest.plugins, flavour.trt)
         try:
             return Session(manifest, flavour, self.options)
         except OutOfMemory as error:

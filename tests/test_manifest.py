@@ -95,7 +95,7 @@ def test_a_plan_that_the_manifest_does_not_list_is_refused(folder):
         (lambda c: c.update(version=8.6), "version is 8.6"),
         (lambda c: c.update(targets="sm89"), "targets is 'sm89'"),
         (lambda c: c.update(targets=[89]), "targets is [89]"),
-        (lambda c: c.update(schema=2), "schema is 2"),
+        (lambda c: c.update(schema=1), "schema is 1"),
         (lambda c: c.pop("made_by"), "did not write it"),
         (lambda c: c.update(shape={"height": "128"}), "shape is {'height': '128'}"),
         (lambda c: c["options"].update(precision=16), "options is {'precision': 16}"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "models/tiny/README.md", "pictures/README.md",
-         "docker/README.md")  # fmt: skip
+         "docker/README.md", "plugins/README.md")  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -193,7 +193,7 @@ def test_refusals_are_sentences(bench: Bench) -> None:
     with pytest.raises(ValueError, match="there is no stage 'unet'"):
         bench.network("unet", SQUARE, FP16)
     with pytest.raises(FlavourError, match="TensorRT-RTX takes no plugins; use the option"):
-        bench.network("vae_decoder", SQUARE, Options(group_norm="plugin"))
+        bench.network("vae_decoder", SQUARE, Options(group_norm="builtin"))
     with pytest.raises(FlavourError, match="cannot build for sm90: it knows sm75, sm80"):
         bench.flavour.create_config(bench.builder, FP16, ["sm90"])
     with pytest.raises(FlavourError, match="there is no flavour 'onnx'"):

@@ -116,7 +116,7 @@ def installed(package: str) -> tuple[int, ...]:
 
 @lru_cache
 def sources() -> dict[str, ast.Module]:
-    files = sorted([*ROOT.glob("trt_builder/*.py"), *ROOT.glob("runtime/*.py")])
+    files = sorted([*ROOT.glob("trt_builder/*.py"), *ROOT.glob("runtime/*.py"), *ROOT.glob("plugins/*.py")])
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in files}
 
 

@@ -19,6 +19,7 @@ from typing import NoReturn
 from rich.logging import RichHandler
 
 from models import find_weights
+from plugins.load import require
 from runtime.engine import Engine, gpu
 from runtime.manifest import EngineError, Manifest, StagePlan, folder_name
 from trt_builder import build as building
@@ -83,11 +84,11 @@ def parser() -> Parser:
     add("--target", default="", help="what tensorrt_rtx builds for, such as sm86,sm89 (the GPU here; without one, all)")
     add("--stages", default=",".join(USUAL), help="(%(default)s)")
     add("--cond", action="store_true", help=f"{', '.join(COND)}, too: for schedules with evaluate-cond")
-    add("--attention", choices=("fused", "plain"), default="fused", help="(%(default)s)")
+    add("--attention", choices=("fused", "plain", "own"), default="fused", help="(%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
-    add("--group-norm", choices=("auto", "plugin", "native"), default="auto", help="(%(default)s)")
+    add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser("inspect", help="what is inside the engines", allow_abbrev=False).add_argument
@@ -198,6 +199,7 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
         capability=capability,
         targets=targets,
         options=switches.as_dict(),
+        plugins=flavour.load_plugins(switches),
         folder=options.output / folder_name(wanted.model, shape.height, shape.width, shape.samples, switches.precision),
     )
 
@@ -311,12 +313,13 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def ready(manifest: Manifest) -> Flavour:
-    """The flavour of an engine folder, once it is sure that its engines run here; else EngineError or FlavourError."""
+    """The flavour of an engine folder, once it is sure that its engines run here; else a ValueError."""
     here = gpu()
     if here is None:
         raise EngineError(f"{manifest.flavour} runs engines on an NVIDIA GPU only, and cuda-python sees none here.")
     flavour = get_flavour(manifest.flavour)
     manifest.check(flavour.name, flavour.trt.__version__, here.name, here.capability)
+    require(manifest.plugins, flavour.trt)
     return flavour
 
 

@@ -208,7 +208,7 @@ def stage_key(request: Request, stage: str) -> str:
     if stage != "time":
         del shape["steps"]
     facts = [definition_sha(), stage, asdict(request.config), shape, request.options.as_dict(), m.weights_sha256,
-             m.flavour, m.version, m.gpu, m.capability, m.targets]  # fmt: skip
+             m.flavour, m.version, m.gpu, m.capability, m.targets, m.plugins]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

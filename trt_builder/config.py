@@ -350,19 +350,21 @@ class Options:
     """How the networks are defined; each is a switch so that its gain can be measured.
 
     precision: of weights, feature maps and matrix products; the guidance and the update stay in float32.
-    attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax.
+    attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax, "own"
+        the plugin of plugins/ where it serves, else the fused form.
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
     boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".
-    group_norm: "plugin", "native" (TensorRT's normalisation layer), or "auto": the plugin where it can be had.
+    group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
+        the built-in plugin where it can be had, else the layer.
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"
-    attention: Literal["fused", "plain"] = "fused"
+    attention: Literal["fused", "plain", "own"] = "fused"
     qkv: Literal["joined", "apart"] = "joined"
     shared_prefix: bool = True
     boundary: Literal["channels-last", "linear"] = "channels-last"
-    group_norm: Literal["auto", "plugin", "native"] = "auto"
+    group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in _allowed():
@@ -376,8 +378,8 @@ class Options:
 
 def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "precision", ("fp16", "fp32")
-    yield "attention", ("fused", "plain")
+    yield "attention", ("fused", "plain", "own")
     yield "qkv", ("joined", "apart")
     yield "shared_prefix", (True, False)
     yield "boundary", ("channels-last", "linear")
-    yield "group_norm", ("auto", "plugin", "native")
+    yield "group_norm", ("auto", "own", "builtin", "native")

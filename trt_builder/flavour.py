@@ -7,7 +7,7 @@ Not proved, for want of a machine that runs it, on TensorRT 10 and 11:
   - that the strongly typed networks build: they are those of TensorRT-RTX, and the API has the same names;
   - that attention at 40, 80 and 160 channels a head becomes one kernel, as it does on TensorRT-RTX;
   - the accuracy of half-precision normalisation where `add_normalization` takes half and no precision can be set;
-  - the GroupNorm plugin, which the older form of the API (V2) holds: from 11 on only V3 is left;
+  - our GroupNorm plugin, in either form of the API (V2 in 8.6, V3 from 10 on);
   - the timing cache and the progress monitor.
 """
 
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from plugins.load import ATTENTION, ATTENTION_WIDTHS, FIELDS_VERSION, GROUP_NORM, VERSION, load
 from trt_builder.config import Options
 
 if TYPE_CHECKING:
@@ -35,10 +36,6 @@ MODULES = ("tensorrt", "tensorrt_rtx")
 # precision, and at most 32 rows (its workspace is that small, which it does not check).
 BUILT_IN_CHANNELS = frozenset((128, 256, 320, 512, 640, 960, 1280, 1920, 2560))
 BUILT_IN_ROWS = 32
-
-GroupNormPlugin = Callable[
-    ["tensorrt.INetworkDefinition", Sequence["tensorrt.ITensor"], str, float, bool], "tensorrt.ILayer"
-]
 
 
 class FlavourError(ValueError):
@@ -137,23 +134,36 @@ class Flavour:
                 layer.mask = mask
         return layer
 
-    def group_norm_plugin(self, channels: int, rows: int, options: Options) -> GroupNormPlugin | None:
-        """How to add the GroupNorm(+SiLU) plugin over inputs x, scale, bias; None where TensorRT's own layer serves.
+    def group_norm_plugin(self, channels: int, rows: int, options: Options) -> Literal["own", "builtin"] | None:
+        """Which GroupNorm(+SiLU) plugin serves this many channels and rows; None where TensorRT's own layer does.
 
-        Raises FlavourError where the plugin is demanded and cannot be had.
+        Raises FlavourError where a plugin is demanded and cannot be had.
         """
         if options.group_norm == "native":
             return None
-        reason = self._no_plugin(channels, rows, options)
+        if options.group_norm == "own":
+            self._need(GROUP_NORM, "group-norm")
+            return "own"
+        reason = self._no_built_in(channels, rows, options)
         if reason is None:
-            return self._add_built_in
-        if options.group_norm == "plugin":
-            raise FlavourError(f"there is no GroupNorm plugin: {reason}; use the option group_norm=auto or native")
+            return "builtin"
+        if options.group_norm == "builtin":
+            raise FlavourError(f"there is no built-in GroupNorm: {reason}; use the option group_norm=auto or native")
         if not self.rtx:
             _say_once(f"GroupNorm is TensorRT's own layer here: {reason}")
         return None
 
-    def _no_plugin(self, channels: int, rows: int, options: Options) -> str | None:
+    def load_plugins(self, options: Options) -> dict[str, str]:
+        """Load the plugins that networks of these options need; returns their names with the SHA-256 of their sources.
+
+        Raises FlavourError or PluginError where they cannot be had.
+        """
+        needed = [GROUP_NORM] * (options.group_norm == "own") + [ATTENTION] * (options.attention == "own")
+        if needed and self.rtx:
+            raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
+        return dict.fromkeys(needed, load(self.trt).source) if needed else {}
+
+    def _no_built_in(self, channels: int, rows: int, options: Options) -> str | None:
         if self.rtx:
             return "TensorRT-RTX takes no plugins"
         if self._built_in() is None:
@@ -170,9 +180,13 @@ class Flavour:
         if self.strongly_typed:  # its V2 interface has no place in the newer API
             return None
         self.trt.init_libnvinfer_plugins(None, "")
-        return self.trt.get_plugin_registry().get_plugin_creator("GroupNorm", "1", "")
+        return self._creator("GroupNorm", "1")
 
-    def _add_built_in(
+    def _creator(self, name: str, version: str) -> Any:
+        registry = self.trt.get_plugin_registry()
+        return (registry.get_creator if self.strongly_typed else registry.get_plugin_creator)(name, version, "")
+
+    def add_built_in(
         self,
         network: tensorrt.INetworkDefinition,
         inputs: Sequence[tensorrt.ITensor],
@@ -180,6 +194,7 @@ class Flavour:
         epsilon: float,
         silu: bool,
     ) -> tensorrt.ILayer:
+        """Add TensorRT 8.6's own GroupNorm plugin over x, scale and bias; it knows 32 groups only."""
         trt_, kinds = self.trt, self.trt.PluginFieldType
         fields = [
             trt_.PluginField("epsilon", np.array([epsilon], np.float32), kinds.FLOAT32),
@@ -187,6 +202,40 @@ class Flavour:
         ]
         plugin = self._built_in().create_plugin(name, trt_.PluginFieldCollection(fields))
         return network.add_plugin_v2(list(inputs), plugin)
+
+    def has_attention_plugin(self, width: int, options: Options) -> bool:
+        """Whether our attention plugin serves heads of this width.
+
+        Raises FlavourError where it is demanded and cannot be had at all.
+        """
+        if options.attention != "own":
+            return False
+        self._need(ATTENTION, "attention")
+        if width in ATTENTION_WIDTHS and options.precision == "fp16":
+            return True
+        _say_once(f"attention of {options.precision} heads {width} wide is TensorRT's own: the plugin has none for it")
+        return False
+
+    def _need(self, plugin: str, option: str) -> None:
+        if self.rtx or self._creator(plugin, VERSION) is None:
+            why = "TensorRT-RTX takes no plugins" if self.rtx else "it was not loaded"
+            raise FlavourError(f"there is no plugin {plugin}: {why}; use another --{option}")
+
+    def add_own(
+        self, network: Any, plugin: str, inputs: Sequence[tensorrt.ITensor], name: str, **numbers: float
+    ) -> tensorrt.ILayer:
+        """Add one of our plugins with its fields, int32 or float as the number is an int or a float."""
+        trt_, kinds = self.trt, self.trt.PluginFieldType
+        fields = []
+        for field, value in {"version": FIELDS_VERSION, **numbers}.items():
+            whole = isinstance(value, int)
+            array = np.array([value], np.int32 if whole else np.float32)
+            fields.append(trt_.PluginField(field, array, kinds.INT32 if whole else kinds.FLOAT32))
+        collection, creator = trt_.PluginFieldCollection(fields), self._creator(plugin, VERSION)
+        if not self.strongly_typed:
+            return network.add_plugin_v2(list(inputs), creator.create_plugin(name, collection))
+        made = creator.create_plugin(name, collection, trt_.TensorRTPhase.BUILD)
+        return network.add_plugin_v3(list(inputs), [], made)
 
     # -- driving a builder --------------------------------------------------------------------------------------------
 

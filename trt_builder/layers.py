@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plugins.load import ATTENTION, GROUP_NORM
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -246,15 +247,28 @@ def layer_norm(net: Net, x: trt.ITensor, eps: float = 1e-5) -> trt.ITensor:
     return net.add(layer)
 
 
-def group_norm(net: Net, x: trt.ITensor, eps: float = 1e-5, with_silu: bool = False, groups: int = 32) -> trt.ITensor:
-    """GroupNorm of x (B, C, h, w) (Wu & He 2018), followed by SiLU or not: one plugin, or TensorRT's own layers."""
-    rows, channels = x.shape[0], x.shape[1]
-    add_plugin = net.flavour.group_norm_plugin(channels, rows, net.options)
-    if add_plugin:
+def group_norm(
+    net: Net, x: trt.ITensor, eps: float = 1e-5, with_silu: bool = False, groups: int = 32,
+    row: trt.ITensor | None = None,
+) -> trt.ITensor:  # fmt: skip
+    """GroupNorm of x (B, C, h, w), to which a row (1, C) is added first, followed by SiLU or not (Wu & He 2018).
+
+    One plugin, or TensorRT's own layers.
+    """
+    channels = x.shape[1]
+    plugin = net.flavour.group_norm_plugin(channels, x.shape[0], net.options)
+    if row is not None and plugin != "own":
+        x, row = add(net, x, reshape(net, row, (1, channels, 1, 1), what="row"), "add_row"), None
+    if plugin:
         exact = net.float32()
         scale = exact.constant(exact.weight(), (channels,), "weight")
         bias = exact.constant(exact.weight("bias"), (channels,), "bias")
-        return net.add(add_plugin(net.network, [x, scale, bias], "/".join(net.path), eps, with_silu))
+        name = "/".join(net.path)
+        if plugin == "builtin":
+            return net.add(net.flavour.add_built_in(net.network, [x, scale, bias], name, eps, with_silu))
+        inputs = [x, scale, bias] if row is None else [x, scale, bias, row]
+        fields = {"groups": groups, "silu": int(with_silu), "row": int(row is not None), "epsilon": eps}
+        return net.add(net.flavour.add_own(net.network, GROUP_NORM, inputs, name, **fields))
     per_channel = net.flavour.normalization == "add_normalization_v2"
     scale = net.constant(net.weight(), (1, channels, 1, 1), "weight")
     bias = net.constant(net.weight("bias"), (1, channels, 1, 1), "bias")
@@ -287,16 +301,34 @@ def attention(
     head of the autoencoder (512) does not.
     """
     tokens, keys, channels = q.shape[1], k.shape[1], q.shape[2]
+    if not causal and net.flavour.has_attention_plugin(channels // heads, net.options):
+        return own_attention(net, [q, k, v], heads)
     q, k, v = (split_heads(net, t, heads, what) for t, what in ((q, "q"), (k, "k"), (v, "v")))  # (B, heads, T, d)
     mask = None
     if causal:
         mask = net.constant(np.triu(np.full((tokens, keys), MASKED), 1), (1, 1, tokens, keys), "mask")
     scale = (channels // heads) ** -0.5
-    if net.options.attention == "fused" and net.flavour.attention:
+    if net.options.attention != "plain" and net.flavour.attention:
         y = net.add(net.flavour.add_attention(net.network, mul(net, q, scalar(net, q, scale), "scale"), k, v, mask))
     else:
         y = plain_attention(net, q, k, v, scale, mask)
     return reshape(net, y, (y.shape[0], tokens, channels), before=(0, 2, 1, 3), what="merge_heads")
+
+
+def own_attention(net: Net, inputs: Sequence[trt.ITensor], heads: int) -> trt.ITensor:
+    """Attention by our plugin: of q (B, T, C) over k, v (B, S, C), or of all three side by side (B, T, 3·C)."""
+    joined = len(inputs) == 1
+    scale = (inputs[0].shape[2] // (3 if joined else 1) // heads) ** -0.5
+    fields = {"heads": heads, "joined": int(joined), "scale": scale}
+    return net.add(net.flavour.add_own(net.network, ATTENTION, inputs, "/".join(net.path), **fields), "own")
+
+
+def attention_over_itself(net: Net, x: trt.ITensor, heads: int, parts: tuple[str, str, str]) -> trt.ITensor:
+    """Multi-head attention of x (B, T, C) over itself, Q, K and V by the linear layers named."""
+    if net.options.qkv == "joined" and net.flavour.has_attention_plugin(x.shape[2] // heads, net.options):
+        return own_attention(net, [linear(net, x, parts)], heads)
+    q, k, v = self_qkv(net, x, parts)
+    return attention(net, q, k, v, heads)
 
 
 def plain_attention(

@@ -10,6 +10,7 @@ from trt_builder.layers import (
     Net,
     add,
     attention,
+    attention_over_itself,
     chunk,
     concat,
     conv,
@@ -20,7 +21,6 @@ from trt_builder.layers import (
     match_batch,
     mul,
     reshape,
-    self_qkv,
     upsample_nearest,
 )
 
@@ -34,8 +34,7 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     """Two GroupNorm-SiLU-convolutions with the time row (1, D) added between them: (B, C, h, w) → (B, D, h, w)."""
     h = group_norm(net.at("in_layers.0"), x, with_silu=True)
     h = conv(net.at("in_layers.2"), h)
-    h = add(net, h, reshape(net, row, (1, row.shape[1], 1, 1), what="row"), "add_row")
-    h = group_norm(net.at("out_layers.0"), h, with_silu=True)
+    h = group_norm(net.at("out_layers.0"), h, with_silu=True, row=row)
     h = conv(net.at("out_layers.3"), h)
     skip = net.at("skip_connection")
     return add(net, conv(skip, x) if skip.has("weight") else x, h)
@@ -54,8 +53,7 @@ def feed_forward(net: Net, x: trt.ITensor) -> trt.ITensor:
 
 def self_attention(net: Net, x: trt.ITensor, heads: int) -> trt.ITensor:
     """Attention of x (B, T, C) over itself."""
-    q, k, v = self_qkv(net, x, ("to_q", "to_k", "to_v"))
-    return linear(net.at("to_out.0"), attention(net, q, k, v, heads))
+    return linear(net.at("to_out.0"), attention_over_itself(net, x, heads, ("to_q", "to_k", "to_v")))
 
 
 def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:

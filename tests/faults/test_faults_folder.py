@@ -22,7 +22,8 @@ from trt_builder.flavour import FlavourError, get_flavour  # noqa: E402
 
 NOBODY = 65534
 # What of a manifest does not decide which plan is loaded: names, options, seconds, the key for the next build.
-HARMLESS = ("model", "weights", "weights_sha256", "options", "shape", "stages", "gpu", "capability", "targets")
+HARMLESS = ("model", "plugins", "weights", "weights_sha256", "options", "shape", "stages", "gpu", "capability",
+            "targets")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,168 @@
+"""`python -m bench.attention`: our attention kernels at every shape of the networks, and PyTorch's where it sees a GPU.
+
+Needs the compiled plugins (`python -m plugins build`) and cuda-python; TensorRT only to find the library, which
+--library names as well, for an interpreter that has PyTorch instead. Each is timed as a CUDA graph of several calls.
+
+  python -m bench.attention --check      each shape once against float64; for compute-sanitizer, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.group_norm import LAUNCHES, graph_us
+from plugins.call import Attention, attention_on_gpu, error, open_library
+from plugins.load import library_path
+from runtime.engine import gpu
+from runtime.manifest import EngineError
+from trt_builder.config import Block, ModelConfig, Shape, UNetConfig
+
+TOLERANCE = 2e-3
+
+
+def attentions(config: ModelConfig, shape: Shape) -> Counter[Attention]:
+    """How often each attention occurs in a step."""
+    found: Counter[Attention] = Counter()
+    deepest = max(config.unet.scales)
+    for unet, blocks, scale, batch in (
+        (config.control, config.control.encoder_blocks, 1, shape.samples),
+        (config.unet, config.unet.encoder_blocks, 1, shape.samples),
+        (config.unet, config.unet.output_blocks, deepest, shape.batch),
+    ):
+        found.update(of_blocks(unet, blocks, shape, scale, batch, config.clip.max_length))
+    return found
+
+
+def of_blocks(
+    config: UNetConfig, blocks: Sequence[Block], shape: Shape, scale: int, batch: int, words: int
+) -> Iterator[Attention]:
+    """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order."""
+    heads = config.num_heads
+    for layer in (layer for block in blocks for layer in block):
+        if layer.kind == "transformer":
+            tokens, width = -(-shape.h // scale) * -(-shape.w // scale), layer.channels // heads
+            for _ in range(config.transformer_depth):
+                yield Attention(batch, heads, tokens, tokens, width, joined=True)
+                batch = shape.batch  # cond and uncond part here
+                yield Attention(batch, heads, tokens, words, width)
+        elif layer.kind == "down":
+            scale *= 2
+        elif layer.kind == "up":
+            scale //= 2
+
+
+def kernel_us(library: Any, attention: Attention, replays: int) -> float:
+    """Microseconds of one attention by our kernels."""
+    with attention_on_gpu(library, attention, attention.arrays()) as on_gpu:
+
+        def several(stream: Any) -> None:
+            for _ in range(LAUNCHES):
+                on_gpu.launch(stream)
+
+        return graph_us(several, replays) / LAUNCHES
+
+
+def torch_us(attention: Attention, replays: int) -> float | None:
+    """Microseconds of one attention by PyTorch's `scaled_dot_product_attention`; None where it sees no GPU."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    q, k, v = (
+        torch.from_numpy(array).cuda().view(attention.batch, -1, attention.heads, attention.width).transpose(1, 2)
+        for array in attention.arrays().values()
+    )
+
+    def several(stream: Any) -> None:
+        with torch.cuda.stream(torch.cuda.ExternalStream(int(stream))):
+            for _ in range(LAUNCHES):
+                torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    return graph_us(several, replays) / LAUNCHES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, or check. Returns 0, 1 where --check finds an error over 2e-3, 2 for what cannot be done."""
+    make = argparse.ArgumentParser(
+        prog="bench.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = make.add_argument
+    add("--model", default="sd15", help="(%(default)s)")
+    add("--height", type=int, default=256, help="(%(default)s)")
+    add("--width", type=int, default=384, help="(%(default)s)")
+    add("--samples", type=int, default=1, help="(%(default)s)")
+    add("--replays", type=int, default=50, help="(%(default)s)")
+    add("--check", action="store_true", help="no times: each shape once, against float64")
+    add("--library", type=Path, help="a compiled library (that of the TensorRT in this interpreter)")
+    add("--output", type=Path, default=Path("attention.json"), help="what was measured (%(default)s)")
+    options = make.parse_args(argv)
+    try:
+        here = gpu()
+        if here is None:
+            raise EngineError("attention is measured on an NVIDIA GPU, and cuda-python sees none here.")
+        counts = attentions(ModelConfig.load(options.model), Shape(options.height, options.width, options.samples))
+        library = open_library(options.library or usual_library())
+        if options.check:
+            return checked(library, counts)
+        rows = []
+        for attention, count in sorted(counts.items(), key=lambda one: -one[0].flop):
+            took = {"kernel": kernel_us(library, attention, options.replays)}
+            rows.append(vars(attention) | {"count": count, "flop": attention.flop} | took)
+            rows[-1]["torch"] = torch_us(attention, options.replays)
+    except (ValueError, OSError) as why:
+        print(f"bench.attention: {why}", file=sys.stderr)
+        return 2
+    options.output.write_text(json.dumps({"gpu": here.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    Console(width=120).print(table(here.name, rows))
+    return 0
+
+
+def usual_library() -> Path:
+    """The library for the TensorRT of this interpreter."""
+    from trt_builder.flavour import get_flavour
+
+    return library_path(int(get_flavour("tensorrt").trt.__version__.partition(".")[0]))
+
+
+def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """What was measured, for people."""
+    view = Table(title=f"Attention, µs each: {name}")
+    for column in ("B", "heads", "tokens", "keys", "width", "times", "kernel", "torch", "TFLOP/s of kernel"):
+        view.add_column(column, justify="right")
+    for row in rows:
+        shape = [str(row[key]) for key in ("batch", "heads", "tokens", "keys", "width", "count")]
+        torch_time = "-" if row["torch"] is None else f"{row['torch']:.2f}"
+        view.add_row(*shape, f"{row['kernel']:.2f}", torch_time, f"{row['flop'] / row['kernel'] / 1e6:.0f}")
+    sums = [sum(row["count"] * row[way] for row in rows) if all(row[way] for row in rows) else None
+            for way in ("kernel", "torch")]  # fmt: skip
+    view.add_row("sum", "", "", "", "", "", *("-" if one is None else f"{one:.0f}" for one in sums), "", style="bold")
+    return view
+
+
+def checked(library: Any, counts: Counter[Attention]) -> int:
+    """Every shape against float64; returns 1 where an error is over the tolerance."""
+    worst = 0.0
+    for attention in counts:
+        arrays = attention.arrays()
+        with attention_on_gpu(library, attention, arrays) as on_gpu:
+            on_gpu.launch()
+            off = error(on_gpu.result(), attention.expected(arrays))
+        worst = max(worst, off)
+        print(f"{attention}: {off:.1e}{'' if off < TOLERANCE else ' over'}")
+    print(f"worst of {len(counts)} shapes: {worst:.1e}, may be {TOLERANCE:.0e}")
+    return int(not worst < TOLERANCE)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

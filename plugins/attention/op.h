@@ -1,0 +1,87 @@
+// The plugin CannyAttention, whatever the TensorRT.
+#pragma once
+
+#include <cmath>
+
+#include "../tensorrt/plugin.h"
+#include "kernel.h"
+
+namespace canny {
+
+struct AttentionOp {
+    struct Fields {
+        int32_t version = kFieldsVersion, heads = 0, joined = 0;
+        float scale = 0.f;
+    };
+    using Tensor = nvinfer1::PluginTensorDesc;
+
+    static constexpr char name[] = "CannyAttention";
+    static constexpr std::array<Field, 4> fields{
+        {{"version", false, offsetof(Fields, version)},
+         {"heads", false, offsetof(Fields, heads)},
+         {"joined", false, offsetof(Fields, joined)},
+         {"scale", true, offsetof(Fields, scale)}}
+    };
+
+    static std::string fault(const Fields& f) {
+        if (f.heads < 1) return "heads is " + std::to_string(f.heads) + ", but must be positive";
+        if (!(f.scale > 0.f) || !std::isfinite(f.scale))
+            return "scale is " + std::to_string(f.scale) + ", but must be positive";
+        return no_switch("joined", f.joined);
+    }
+
+    // q (B, T, C), k and v (B, S, C), or all side by side (B, T, 3·C).
+    static int32_t inputs(const Fields& f) { return f.joined ? 1 : 3; }
+
+    static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
+        nvinfer1::DimsExprs y = in[0];
+        if (f.joined) y.d[2] = build.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *y.d[2], *build.constant(3));
+        return y;
+    }
+
+    static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
+        return tensors[pos].type == nvinfer1::DataType::kHALF && tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
+    }
+
+    // What is wrong with the shapes of the inputs; empty where nothing is.
+    static std::string shape_fault(const Fields& f, const Tensor* in) {
+        const nvinfer1::Dims& q = in[0].dims;
+        int32_t parts = f.joined ? 3 : 1, size = int32_t(q.d[2]);
+        if (q.nbDims != 3 || size % (parts * f.heads))
+            return "its first input must have the shape (B, T, " + std::string(f.joined ? "3 * " : "") +
+                   "heads * width) with " + std::to_string(f.heads) + " heads";
+        int32_t width = size / parts / f.heads;
+        if (width != 40 && width != 64 && width != 80 && width != 160)
+            return "its heads are " + std::to_string(width) + " wide, but must be 40, 64, 80 or 160";
+        for (int32_t i = 1; i < inputs(f); i++) {
+            const nvinfer1::Dims& k = in[i].dims;
+            if (k.nbDims != 3 || k.d[0] != q.d[0] || k.d[1] != in[1].dims.d[1] || k.d[2] != size)
+                return "k and v must have the shape (" + std::to_string(q.d[0]) + ", S, " + std::to_string(size) + ")";
+        }
+        return "";
+    }
+
+    static size_t workspace(const Fields&, const Tensor*) { return 0; }
+
+    // Enqueue the kernel; returns 0 or a cudaError_t.
+    static int32_t enqueue(
+        const Fields& f, int32_t, const Tensor* in, const void* const* from, void* to, void*, cudaStream_t stream
+    ) {
+        CannyAttention call{};
+        call.batch = int32_t(in[0].dims.d[0]);
+        call.heads = f.heads;
+        call.tokens = int32_t(in[0].dims.d[1]);
+        call.keys = int32_t(in[f.joined ? 0 : 1].dims.d[1]);
+        call.q_stride = call.kv_stride = int32_t(in[0].dims.d[2]);
+        call.y_stride = f.joined ? call.q_stride / 3 : call.q_stride;
+        call.width = call.y_stride / f.heads;
+        call.scale = f.scale;
+        call.q = from[0];
+        call.k = f.joined ? static_cast<const uint16_t*>(from[0]) + call.y_stride : from[1];
+        call.v = f.joined ? static_cast<const uint16_t*>(from[0]) + 2 * call.y_stride : from[2];
+        call.y = to;
+        return canny_attention(&call, stream);
+    }
+};
+
+}  // namespace canny

@@ -1,0 +1,103 @@
+// What the kernels need of the GPU beyond plain CUDA: clusters, 16-byte vectors, fast exponentials.
+//
+// tests/kernel_emulator.hpp has the same names for a CPU, so that the kernels run there as they are written.
+#pragma once
+
+#ifdef EMULATE_CUDA
+#include "kernel_emulator.hpp"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace canny {
+
+__device__ __forceinline__ char* shared_memory() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+
+// Every thread of the cluster arrives, then waits; what was written before the one is seen after the other.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// What lies at the address of `mine` in the shared memory of the block number `rank` of the cluster.
+__device__ __forceinline__ float cluster_read(const float* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+    float value;
+    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine)), theirs;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs) : "memory");
+    return value;
+#else
+    return *mine;
+#endif
+}
+
+// Wait for the kernel before this one in the stream, where this one was allowed to start before its end.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ void from_float(float x, __half& y) { y = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+
+}  // namespace canny
+#endif
+
+namespace canny {
+
+// n / d for n, d below 8192, `by` being inverse(d): (2n + 1) / 2d is never near the next integer.
+__device__ __forceinline__ int32_t divide(int32_t n, uint32_t by) { return int32_t(__umulhi(2u * n + 1u, by)); }
+
+constexpr int kWidth = 8;  // channels (or positions) of one vector: 16 bytes in half precision, twice that in single
+
+// kWidth elements, moved 16 bytes at a time.
+template <typename T>
+struct alignas(16) Vector {
+    T value[kWidth];
+
+    __device__ __forceinline__ void load(const T* from) {
+        constexpr int kWords = sizeof(Vector) / sizeof(uint4);
+#pragma unroll
+        for (int i = 0; i < kWords; i++) reinterpret_cast<uint4*>(this)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+
+    __device__ __forceinline__ void store(T* to) const {
+        constexpr int kWords = sizeof(Vector) / sizeof(uint4);
+#pragma unroll
+        for (int i = 0; i < kWords; i++) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(this)[i];
+    }
+
+    __device__ __forceinline__ void clear(int from) {
+#pragma unroll
+        for (int i = 0; i < kWidth; i++)
+            if (i >= from) from_float(0.f, value[i]);
+    }
+};
+
+}  // namespace canny

@@ -1,0 +1,70 @@
+// The kernels on a GPU, behind C functions.
+#include "kernel.cuh"
+
+#include "kernel.h"
+
+int32_t canny_group_norm(const CannyGroupNorm* call, cudaStream_t stream) {
+    cudaError_t error = cudaErrorNotSupported;
+    canny::run(*call, [&](auto kernel, dim3 grid, int32_t cluster, const canny::Params& p) {
+        cudaLaunchAttribute attributes[2] = {};
+        int32_t used = 0;
+        if (cluster > 1) {
+            attributes[used].id = cudaLaunchAttributeClusterDimension;
+            attributes[used].val.clusterDim.x = cluster;
+            attributes[used].val.clusterDim.y = attributes[used].val.clusterDim.z = 1;
+            used++;
+        }
+        if (call->overlap && call->max_cluster > 1) {
+            attributes[used].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attributes[used].val.programmaticStreamSerializationAllowed = 1;
+            used++;
+        }
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = dim3(p.plan.threads);
+        config.dynamicSmemBytes = p.plan.shared;
+        config.stream = stream;
+        config.attrs = attributes;
+        config.numAttrs = used;
+        error = cudaLaunchKernelEx(&config, kernel, p);
+        return error == cudaSuccess;
+    });
+    return error;
+}
+
+uint64_t canny_group_norm_workspace(const CannyGroupNorm* call) { return canny::plan_of(*call).workspace; }
+
+void canny_group_norm_plan(const CannyGroupNorm* call, int32_t out[7]) { canny::plan_facts(*call, out); }
+
+namespace {
+
+// Load the kernels of every plan for elements of type T; the version of the code that they were compiled to, as 90.
+template <typename T>
+int32_t load_kernels() {
+    int32_t oldest = INT32_MAX;
+    for (canny::Path path : {canny::Path::kOneLaunch, canny::Path::kTwoLaunches, canny::Path::kLinear})
+        for (int32_t batches : {1, 2, 4, canny::kBatchesHalf})
+            for (int32_t per_channel : {0, 1}) {
+                canny::Params p{};
+                p.plan.path = path;
+                p.plan.batches = batches;
+                p.plan.per_channel = per_channel;
+                canny::run<T>(p, dim3(), [&](auto kernel, dim3, int32_t, const canny::Params&) {
+                    cudaFuncAttributes attributes{};
+                    bool loaded = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+                    int32_t version = loaded ? attributes.ptxVersion : 0;
+                    oldest = version < oldest ? version : oldest;
+                    return true;
+                });
+            }
+    return oldest;
+}
+
+}  // namespace
+
+int32_t canny_max_cluster() {
+    int32_t half = load_kernels<__half>(), single = load_kernels<float>();
+    cudaGetLastError();  // without a GPU nothing was loaded, and the next caller need not hear of it
+    // Code for an older GPU that this one compiles anew knows no clusters either.
+    return half >= 90 && single >= 90 ? 8 : 1;
+}

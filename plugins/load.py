@@ -1,0 +1,121 @@
+"""The compiled plugins: which there are, what they were built from, and how TensorRT gets them.
+
+A library lies in `plugins/lib` with a JSON file beside it, which says what it was built from and vouches for its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from runtime.manifest import EngineError
+
+FOLDER = Path(__file__).resolve().parent
+LIB = FOLDER / "lib"
+SOURCES = ("CMakeLists.txt", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
+GROUP_NORM, ATTENTION, VERSION = "CannyGroupNorm", "CannyAttention", "1"  # in TensorRT's registry
+FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
+ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
+
+
+class PluginError(EngineError):
+    """Plugins that are missing, do not fit or cannot be built; the text is one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled library: TensorRT's version in the headers, GPU architectures ("90"), SHA-256 of sources and file."""
+
+    tensorrt: str
+    architectures: list[str]
+    source: str
+    cuda: str
+    sha256: str
+    path: Path = Path()
+
+    def save(self, path: Path) -> None:
+        """Write what is known of the library; raises OSError."""
+        content = {name: value for name, value in asdict(self).items() if name != "path"}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def library_path(major: int, folder: Path = LIB) -> Path:
+    """Where the library for a TensorRT of this major version lies."""
+    return folder / f"libcanny_plugins_trt{major}.so"
+
+
+def source_hash() -> str:
+    """The SHA-256 of the sources of all plugins."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in FOLDER.glob(pattern)):
+        digest.update(path.relative_to(FOLDER).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def find(version: str, folder: Path = LIB) -> Library:
+    """The library for a TensorRT version as "8.6.0", whole and built from the sources that are here.
+
+    Raises PluginError where there is none, it was changed, or it is older than its sources.
+    """
+    major = int(version.partition(".")[0])
+    path = library_path(major, folder)
+    build = f"run `python -m plugins build --flavour {'8.6' if major == 8 else '10+'}`"
+    try:
+        content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        binary = path.read_bytes()
+    except FileNotFoundError:
+        raise PluginError(f"there are no plugins for TensorRT {version} in {folder}: {build}.") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PluginError(f"the plugins {path} cannot be read ({reason}): {build} --force.") from None
+    names = {field.name for field in fields(Library)} - {"path"}
+    if not isinstance(content, dict) or content.keys() != names:
+        raise PluginError(f"{path.with_suffix('.json')} is not what a build wrote: {build} --force.")
+    library = Library(**content, path=path)
+    if hashlib.sha256(binary).hexdigest() != library.sha256:
+        raise PluginError(f"the plugins {path} were changed after they were built: {build} --force.")
+    if library.source != source_hash():
+        raise PluginError(f"the plugins {path} were built from other sources than {FOLDER} has: {build}.")
+    return library
+
+
+_loaded: dict[Path, str] = {}  # the SHA-256 of each library that TensorRT has
+
+
+def load(trt: Any, folder: Path = LIB) -> Library:
+    """Give TensorRT (its module) the plugins, once a process, and tell which.
+
+    Raises PluginError as `find` does, or where TensorRT does not take the library.
+    """
+    library = find(trt.__version__, folder)
+    if library.path in _loaded:
+        if _loaded[library.path] != library.sha256:
+            raise PluginError(f"the plugins {library.path} were built anew since they were loaded: start again.")
+        return library
+    if not trt.get_plugin_registry().load_library(str(library.path)):
+        what = f"TensorRT {trt.__version__} does not take the plugins {library.path}"
+        raise PluginError(f"{what}; it has said why, else run `python -m plugins build --force`.")
+    _loaded[library.path] = library.sha256
+    return library
+
+
+def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
+    """Load the plugins that engines need, given by name with the SHA-256 of the sources that they were built with.
+
+    Raises PluginError as `load` does, and where the plugins here are others.
+    """
+    unknown = sorted(needed.keys() - {GROUP_NORM, ATTENTION})
+    if unknown:
+        raise PluginError(f"the engines need the plugin {unknown[0]}, which is not among those here: build them again.")
+    if not needed:
+        return
+    library = load(trt, folder)
+    others = [source for source in needed.values() if source != library.source]
+    if others:
+        theirs, ours = others[0][:12], library.source[:12]
+        what = f"the engines were built with other plugins (sources {theirs}…) than are here ({ours}…)"
+        raise PluginError(f"{what}: run `python -m trt_builder build` again.")

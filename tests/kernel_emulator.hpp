@@ -1,0 +1,335 @@
+// Runs CUDA kernels on a CPU as they are written: each thread of a cluster is a fiber, which gives way at barriers.
+//
+// Only what plugins/ uses of CUDA is here. Shared memory begins as NaN and is guarded at its end; threads run in an
+// order of the caller's choice between two barriers, so that a missing barrier changes the result; a barrier that not
+// every thread reaches is an error.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+using std::min;
+using __half = _Float16;
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+struct Barrier {
+    int size = 0, arrived = 0;
+    unsigned generation = 0;
+
+    void arrive() {
+        if (++arrived == size) arrived = 0, generation++;
+    }
+};
+
+struct Block {
+    dim3 index;
+    Barrier barrier;
+    std::vector<Barrier> warps;
+    std::vector<float> exchange;                     // of shuffles
+    std::vector<const __half*> rows;                 // of matrices to be loaded
+    std::vector<std::array<uint32_t, 6>> fragments;  // of matrices to be multiplied
+    std::vector<unsigned char> shared;
+};
+
+// 16 bytes to be copied, zeros where `from` is null.
+struct Copy {
+    void* to;
+    const void* from;
+};
+
+struct Fiber {
+    ucontext_t start;
+    jmp_buf at;
+    bool started = false, done = true;
+    Barrier* waits = nullptr;
+    unsigned generation = 0, cluster_generation = 0;
+    unsigned thread = 0;
+    Block* block = nullptr;
+    std::vector<std::vector<Copy>> copies = {{}};  // in groups, the last one open
+};
+
+constexpr size_t kStack = 64 << 10, kGuard = 256;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::vector<Block> blocks;  // of the cluster that runs
+inline Barrier cluster;
+inline Fiber* current = nullptr;
+inline jmp_buf scheduler;
+inline void (*work)(const void*) = nullptr;
+inline const void* argument = nullptr;
+
+inline void pause() {
+    if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
+}
+
+inline void wait(Barrier& barrier, unsigned generation) {
+    current->waits = &barrier;
+    current->generation = generation;
+    if (barrier.generation == generation) pause();
+    current->waits = nullptr;
+}
+
+inline void meet(Barrier& barrier) {
+    unsigned generation = barrier.generation;
+    barrier.arrive();
+    wait(barrier, generation);
+}
+
+inline void live() {
+    for (;;) {
+        work(argument);
+        current->done = true;
+        pause();
+    }
+}
+
+inline void resume(Fiber& fiber) {
+    current = &fiber;
+    threadIdx = dim3(fiber.thread);
+    blockIdx = fiber.block->index;
+    if (_setjmp(scheduler) == 0) {
+        if (fiber.started) _longjmp(fiber.at, 1);
+        fiber.started = true;
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp =
+            mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        fiber.start.uc_stack.ss_size = kStack;
+        makecontext(&fiber.start, live, 0);
+        setcontext(&fiber.start);
+    }
+}
+
+inline bool can_move(const Fiber& fiber) {
+    return !fiber.done && !(fiber.waits && fiber.waits->generation == fiber.generation);
+}
+
+// Resume once each of `count` threads of a cluster that can go on, `order` naming them; how many did.
+inline int sweep(const int* order, int count) {
+    int moved = 0;
+    for (int i = 0; i < count; i++) {
+        Fiber& fiber = *fibers[order[i]];
+        if (can_move(fiber)) resume(fiber), moved++;
+    }
+    return moved;
+}
+
+// Let every block, and in it every warp, run as far ahead of the others as barriers allow; whether any moved.
+inline bool run_ahead(const std::vector<int>& order, int threads) {
+    bool moved = false;
+    for (size_t block = 0; block < order.size(); block += threads) {
+        for (bool again = true; again;) {
+            again = false;
+            for (int warp = 0; warp < threads; warp += 32)
+                while (sweep(order.data() + block + warp, 32)) again = moved = true;
+        }
+    }
+    return moved;
+}
+
+// Run the threads of one cluster to their end: in this order, or with `random` in one that changes all the time.
+inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& order, std::mt19937* random) {
+    cluster = {size * threads, 0, 0};
+    for (int b = 0; b < size; b++) {
+        Block& block = blocks[b];
+        block.barrier = {threads, 0, 0};
+        block.warps.assign(threads / 32, Barrier{32, 0, 0});
+        block.exchange.assign(threads, NAN);
+        block.rows.assign(threads, nullptr);
+        block.fragments.resize(threads);
+        block.shared.assign(shared + kGuard, 0xff);
+        for (int t = 0; t < threads; t++) {
+            Fiber& fiber = *fibers[b * threads + t];
+            fiber.block = &block;
+            fiber.thread = t;
+            fiber.done = false;
+            fiber.waits = nullptr;
+            fiber.copies = {{}};
+        }
+    }
+    for (bool moved = true; moved;) {
+        if (random) std::shuffle(order.begin(), order.end(), *random);
+        moved = random ? sweep(order.data(), int(order.size())) > 0 : run_ahead(order, threads);
+    }
+    for (int i : order)
+        if (!fibers[i]->done) throw std::runtime_error("a barrier was not reached by all threads");
+    for (int b = 0; b < size; b++)
+        for (size_t i = shared; i < shared + kGuard; i++)
+            if (blocks[b].shared[i] != 0xff) throw std::runtime_error("a write beyond the shared memory");
+}
+
+// Run a kernel of one argument. order: 0 the first thread runs ahead, 1 the last, more: at random, with this seed.
+template <typename P>
+void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t shared, const P& params, int order) {
+    struct Call {
+        void (*kernel)(P);
+        const P* params;
+    } call{kernel, &params};
+    work = [](const void* to) { static_cast<const Call*>(to)->kernel(*static_cast<const Call*>(to)->params); };
+    argument = &call;
+    gridDim = grid;
+    blockDim = dim3(threads);
+    if (grid.x % cluster_size || threads % 32) throw std::runtime_error("a grid that is no whole number of clusters");
+    blocks.resize(cluster_size);
+    std::vector<int> sequence(cluster_size * threads);
+    for (size_t i = 0; i < sequence.size(); i++) sequence[i] = order == 1 ? int(sequence.size() - 1 - i) : int(i);
+    while (fibers.size() < sequence.size()) fibers.push_back(std::make_unique<Fiber>());
+    std::mt19937 random(order);
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x += cluster_size) {
+                for (int b = 0; b < cluster_size; b++) blocks[b].index = dim3(x + b, y, z);
+                run_cluster(cluster_size, threads, shared, sequence, order > 1 ? &random : nullptr);
+            }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::meet(emulator::current->block->barrier); }
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    emulator::Block& block = *emulator::current->block;
+    unsigned me = emulator::current->thread;
+    block.exchange[me] = value;
+    emulator::meet(block.warps[me / 32]);
+    float theirs = block.exchange[me ^ unsigned(mask)];
+    emulator::meet(block.warps[me / 32]);
+    return theirs;
+}
+
+namespace canny {
+
+inline char* shared_memory() { return reinterpret_cast<char*>(emulator::current->block->shared.data()); }
+
+inline void cluster_arrive() {
+    emulator::current->cluster_generation = emulator::cluster.generation;
+    emulator::cluster.arrive();
+}
+
+inline void cluster_wait() { emulator::wait(emulator::cluster, emulator::current->cluster_generation); }
+
+inline void wait_for_previous() {}
+
+inline float cluster_read(const float* mine, int rank) {
+    size_t offset = reinterpret_cast<const char*>(mine) - shared_memory();
+    float value;
+    std::memcpy(&value, emulator::blocks[rank].shared.data() + offset, sizeof value);
+    return value;
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.f / x; }
+inline float to_float(__half x) { return float(x); }
+inline float to_float(float x) { return x; }
+inline void from_float(float x, __half& y) { y = __half(x); }
+inline void from_float(float x, float& y) { y = x; }
+
+// -- of attention/mma.cuh ---------------------------------------------------------------------------------------------
+
+inline uint32_t pack(float low, float high) {
+    __half both[2] = {__half(low), __half(high)};
+    uint32_t packed;
+    std::memcpy(&packed, both, sizeof packed);
+    return packed;
+}
+
+inline float unpack(uint32_t packed, int which) {
+    __half both[2];
+    std::memcpy(both, &packed, sizeof packed);
+    return float(both[which]);
+}
+
+// Rows of four matrices by address, one from each thread; `get(rows, lane)` is what a thread gets of each matrix.
+template <typename Get>
+void load_by_warp(uint32_t (&r)[4], const __half* row, Get get) {
+    emulator::Block& block = *emulator::current->block;
+    unsigned me = emulator::current->thread, first = me / 32 * 32;
+    block.rows[me] = row;
+    emulator::meet(block.warps[me / 32]);
+    for (int j = 0; j < 4; j++) r[j] = get([&](int i) { return block.rows[first + 8 * j + i]; }, int(me % 32));
+    emulator::meet(block.warps[me / 32]);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const __half* row) {
+    load_by_warp(r, row, [](auto rows, int lane) {
+        const __half* two = rows(lane / 4) + lane % 4 * 2;
+        return pack(float(two[0]), float(two[1]));
+    });
+}
+
+inline void load_transposed(uint32_t (&r)[4], const __half* row) {
+    load_by_warp(r, row, [](auto rows, int lane) {
+        int first = lane % 4 * 2;
+        return pack(float(rows(first)[lane / 4]), float(rows(first + 1)[lane / 4]));
+    });
+}
+
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::Block& block = *emulator::current->block;
+    unsigned me = emulator::current->thread, first = me / 32 * 32, lane = me % 32;
+    block.fragments[me] = {a[0], a[1], a[2], a[3], b0, b1};
+    emulator::meet(block.warps[me / 32]);
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            const auto& left = block.fragments[first + row * 4 + k % 8 / 2];
+            const auto& right = block.fragments[first + column * 4 + k % 8 / 2];
+            c[i] += unpack(left[i / 2 + k / 8 * 2], k % 2) * unpack(right[4 + k / 8], k % 2);
+        }
+    }
+    emulator::meet(block.warps[me / 32]);
+}
+
+inline void copy_16(void* to, const void* from, bool there) {
+    emulator::current->copies.back().push_back({to, there ? from : nullptr});
+}
+
+inline void copies_commit() { emulator::current->copies.emplace_back(); }
+
+// Copies come as late as they may.
+template <int kLeft>
+void copies_wait() {
+    auto& groups = emulator::current->copies;
+    while (groups.size() > kLeft + 1) {
+        for (const emulator::Copy& copy : groups.front()) {
+            if (copy.from)
+                std::memcpy(copy.to, copy.from, 16);
+            else
+                std::memset(copy.to, 0, 16);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+}  // namespace canny

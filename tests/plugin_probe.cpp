@@ -1,0 +1,277 @@
+// Calls the plugins as TensorRT does, without TensorRT and without a GPU; compiled with 8.6's headers or
+// newer.
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include <NvInferRuntime.h>
+
+using namespace nvinfer1;
+
+#define MUST(condition)                                             \
+    if (!(condition)) {                                             \
+        std::printf("line %d: not so: %s\n", __LINE__, #condition); \
+        std::exit(1);                                               \
+    }
+
+struct Logger : ILogger {
+    void log(Severity, AsciiChar const* text) noexcept override { std::printf("%s\n", text); }
+};
+
+struct Finder : ILoggerFinder {
+    Logger logger;
+    ILogger* findLogger() override { return &logger; }
+};
+
+// The plugin's fields, to be changed for what must be refused.
+struct Given {
+    int32_t version = 1, groups = 32, silu = 1, row = 1;
+    float epsilon = 1e-5f;
+    std::vector<PluginField> fields{
+        {"version", &version, PluginFieldType::kINT32, 1},   {"groups", &groups, PluginFieldType::kINT32, 1},
+        {"silu", &silu, PluginFieldType::kINT32, 1},         {"row", &row, PluginFieldType::kINT32, 1},
+        {"epsilon", &epsilon, PluginFieldType::kFLOAT32, 1},
+    };
+    PluginFieldCollection all{};
+
+    PluginFieldCollection const* collection() {
+        all.nbFields = int32_t(fields.size());
+        all.fields = fields.data();
+        return &all;
+    }
+};
+
+#if NV_TENSORRT_MAJOR == 8
+
+using Plugin = IPluginV2DynamicExt;
+using Creator = IPluginCreator;
+using Desc = PluginTensorDesc;
+constexpr char kEntry[] = "getPluginCreators";
+
+PluginTensorDesc& inner(Desc& desc) { return desc; }
+Plugin* create(Creator& creator, Given& given) {
+    return static_cast<Plugin*>(creator.createPlugin("norm", given.collection()));
+}
+Plugin& build_side(Plugin& plugin) { return plugin; }
+size_t workspace(Plugin& plugin, Desc* in) { return plugin.getWorkspaceSize(in, 4, in + 4, 1); }
+void end(Plugin* plugin) { plugin->destroy(); }
+
+void serialise(Creator& creator, Plugin& plugin) {
+    std::vector<char> bytes(plugin.getSerializationSize());
+    plugin.serialize(bytes.data());
+    auto* again = static_cast<Plugin*>(creator.deserializePlugin("norm", bytes.data(), bytes.size()));
+    MUST(again && again->getSerializationSize() == bytes.size());
+    std::vector<char> twice(bytes.size());
+    auto* copy = again->clone();
+    copy->serialize(twice.data());
+    MUST(twice == bytes);
+    end(copy);
+    end(again);
+    MUST(!creator.deserializePlugin("norm", bytes.data(), bytes.size() - 1));
+    bytes[0] = 2;  // the version comes first
+    MUST(!creator.deserializePlugin("norm", bytes.data(), bytes.size()));
+}
+
+void configure(Plugin& plugin, std::vector<Desc>& in, bool, int32_t inputs = 4) {
+    std::vector<DynamicPluginTensorDesc> all(in.size());
+    for (size_t i = 0; i < in.size(); i++) all[i].desc = in[i];
+    plugin.configurePlugin(all.data(), inputs, all.data() + inputs, 1);  // what is wrong is only logged
+}
+
+#else
+
+using Plugin = IPluginV3;
+using Creator = IPluginCreatorV3One;
+using Desc = DynamicPluginTensorDesc;
+constexpr char kEntry[] = "getCreators";
+
+PluginTensorDesc& inner(Desc& desc) { return desc.desc; }
+Plugin* create(Creator& creator, Given& given) {
+    return creator.createPlugin("norm", given.collection(), TensorRTPhase::kBUILD);
+}
+IPluginV3OneBuild& build_side(Plugin& plugin) {
+    return *static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
+}
+size_t workspace(Plugin& plugin, Desc* in) { return build_side(plugin).getWorkspaceSize(in, 4, in + 4, 1); }
+void end(Plugin* plugin) { delete plugin; }
+
+void serialise(Creator& creator, Plugin& plugin) {
+    auto* copy = plugin.clone();
+    auto* run = static_cast<IPluginV3OneRuntime*>(copy->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    auto* core = static_cast<IPluginV3OneCore*>(copy->getCapabilityInterface(PluginCapabilityType::kCORE));
+    MUST(!std::strcmp(core->getPluginName(), "CannyGroupNorm") && !std::strcmp(core->getPluginVersion(), "1"));
+    PluginFieldCollection const* fields = run->getFieldsToSerialize();
+    MUST(fields->nbFields == 5);
+    auto* again = creator.createPlugin("norm", fields, TensorRTPhase::kRUNTIME);
+    MUST(again);
+    run = static_cast<IPluginV3OneRuntime*>(again->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    PluginFieldCollection const* twice = run->getFieldsToSerialize();
+    for (int32_t i = 0; i < 5; i++) {
+        MUST(!std::strcmp(fields->fields[i].name, twice->fields[i].name));
+        MUST(!std::memcmp(fields->fields[i].data, twice->fields[i].data, 4));
+    }
+    Plugin* attached = run->attachToContext(nullptr);
+    MUST(attached);
+    end(attached);
+    end(again);
+    end(copy);
+}
+
+void configure(Plugin& plugin, std::vector<Desc>& in, bool good, int32_t inputs = 4) {
+    MUST((build_side(plugin).configurePlugin(in.data(), inputs, in.data() + inputs, 1) == 0) == good);
+}
+
+#endif
+
+Dims dims(std::initializer_list<int> sizes) {
+    Dims made{};
+    for (int size : sizes) made.d[made.nbDims++] = size;
+    return made;
+}
+
+int main(int, char** arguments) {
+    void* library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
+    if (!library) std::printf("%s\n", dlerror());
+    MUST(library);
+    auto set_finder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
+    MUST(set_finder);
+    static Finder finder;
+    set_finder(&finder);
+#if NV_TENSORRT_MAJOR == 8
+    auto entry = reinterpret_cast<IPluginCreator* const* (*)(int32_t&)>(dlsym(library, kEntry));
+#else
+    auto entry = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, kEntry));
+#endif
+    MUST(entry);
+    int32_t count = 0;
+    auto& creator = *static_cast<Creator*>(entry(count)[0]);
+    MUST(count == 2 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
+
+    Given given;
+    Plugin* plugin = create(creator, given);
+    MUST(plugin);
+    serialise(creator, *plugin);
+
+    auto half = DataType::kHALF, single = DataType::kFLOAT;
+    auto last8 = TensorFormat::kHWC8, last = TensorFormat::kHWC, linear = TensorFormat::kLINEAR;
+    std::vector<Desc> tensors(5);
+    auto describe = [&](int i, Dims shape, DataType type, TensorFormat format) {
+        inner(tensors[i]).dims = shape;
+        inner(tensors[i]).type = type;
+        inner(tensors[i]).format = format;
+#if NV_TENSORRT_MAJOR > 8
+        tensors[i].min = tensors[i].opt = tensors[i].max = shape;
+#endif
+    };
+    auto takes = [&](DataType type, TensorFormat format) {
+        describe(0, dims({2, 320, 32, 48}), type, format);
+        describe(1, dims({320}), single, linear);
+        describe(2, dims({320}), single, linear);
+        describe(3, dims({1, 320}), type, linear);
+        describe(4, dims({2, 320, 32, 48}), type, format);
+        for (int32_t i = 0; i < 5; i++)
+            if (!build_side(*plugin).supportsFormatCombination(i, tensors.data(), 4, 1)) return false;
+        return true;
+    };
+    MUST(takes(half, last8) && takes(half, linear) && takes(single, last) && takes(single, linear));
+    MUST(!takes(half, last) && !takes(single, last8) && !takes(DataType::kINT8, linear));
+    MUST(
+        !takes(half, TensorFormat::kCHW2) && !takes(half, TensorFormat::kCHW16) && !takes(single, TensorFormat::kCHW32)
+    );
+    MUST(takes(half, last8));
+    MUST(!build_side(*plugin).supportsFormatCombination(0, tensors.data(), 3, 1));  // it has a row
+    describe(4, inner(tensors[4]).dims, half, linear);
+    MUST(!build_side(*plugin).supportsFormatCombination(4, tensors.data(), 4, 1));  // y as x
+    describe(3, inner(tensors[3]).dims, single, linear);
+    MUST(!build_side(*plugin).supportsFormatCombination(3, tensors.data(), 4, 1));  // the row as x
+    describe(2, inner(tensors[2]).dims, half, linear);
+    MUST(!build_side(*plugin).supportsFormatCombination(2, tensors.data(), 4, 1));  // bias in float
+    MUST(takes(half, last8));
+    describe(0, dims({2, 2 * 10007, 4, 4}), half, last8);
+    MUST(!build_side(*plugin).supportsFormatCombination(0, tensors.data(), 4, 1));  // 32 groups do not divide it
+
+    MUST(takes(half, last8));
+    MUST(workspace(*plugin, tensors.data()) > 0);
+    configure(*plugin, tensors, true);
+    describe(3, dims({3, 320}), half, linear);
+    configure(*plugin, tensors, false);
+    describe(3, dims({1, 320}), half, linear);
+    describe(1, dims({319}), single, linear);
+    configure(*plugin, tensors, false);
+
+    DataType types[] = {half, single, single, half}, made = single;
+#if NV_TENSORRT_MAJOR == 8
+    made = plugin->getOutputDataType(0, types, 4);
+#else
+    MUST(build_side(*plugin).getOutputDataTypes(&made, 1, types, 4) == 0);
+#endif
+    MUST(made == half);
+    end(plugin);
+
+    auto refused = [&](auto change) {
+        Given wrong;
+        change(wrong);
+        return create(creator, wrong) == nullptr;
+    };
+    MUST(refused([](Given& g) { g.version = 2; }));
+    MUST(refused([](Given& g) { g.groups = 0; }));
+    MUST(refused([](Given& g) { g.epsilon = NAN; }));
+    MUST(refused([](Given& g) { g.silu = 7; }));
+    MUST(refused([](Given& g) { g.row = 2; }));
+    MUST(refused([](Given& g) { g.fields.pop_back(); }));
+    MUST(refused([](Given& g) { g.fields.push_back({"colour", &g.row, PluginFieldType::kINT32, 1}); }));
+    MUST(refused([](Given& g) { g.fields[4] = {"epsilon", &g.epsilon, PluginFieldType::kFLOAT64, 1}; }));
+
+    auto& attention = *static_cast<Creator*>(entry(count)[1]);
+    MUST(!std::strcmp(attention.getPluginName(), "CannyAttention") && attention.getFieldNames()->nbFields == 4);
+    struct Heads : Given {
+        int32_t heads = 8, joined = 1;
+        float scale = 0.125f;
+        Heads() {
+            fields = {
+                {"version", &version, PluginFieldType::kINT32, 1},
+                {"heads", &heads, PluginFieldType::kINT32, 1},
+                {"joined", &joined, PluginFieldType::kINT32, 1},
+                {"scale", &scale, PluginFieldType::kFLOAT32, 1}
+            };
+        }
+    };
+    Heads joined, apart, wrong;
+    apart.joined = 0;
+    Plugin *one = create(attention, joined), *three = create(attention, apart);
+    MUST(one && three);
+    auto fits = [&](Plugin* which, DataType type, TensorFormat format, int32_t inputs) {
+        for (int i = 0; i < inputs + 1; i++) describe(i, dims({2, 96, 960}), type, format);
+        for (int32_t i = 0; i < inputs + 1; i++)
+            if (!build_side(*which).supportsFormatCombination(i, tensors.data(), inputs, 1)) return false;
+        return true;
+    };
+    MUST(fits(one, half, linear, 1) && fits(three, half, linear, 3));
+    MUST(!fits(one, half, linear, 3) && !fits(one, single, linear, 1) && !fits(three, half, last8, 3));
+    describe(0, dims({2, 96, 960}), half, linear);
+    configure(*one, tensors, true, 1);
+    describe(0, dims({2, 96, 959}), half, linear);
+    configure(*one, tensors, false, 1);
+    describe(0, dims({2, 96, 960}), half, linear);
+    configure(*three, tensors, false, 3);  // heads of 120
+    for (int i = 0; i < 3; i++) describe(i, dims({2, i ? 77 : 96, 640}), half, linear);
+    configure(*three, tensors, true, 3);
+    describe(2, dims({2, 76, 640}), half, linear);
+    configure(*three, tensors, false, 3);
+    end(one);
+    end(three);
+    wrong.heads = 0;
+    MUST(!create(attention, wrong));
+    wrong.heads = 8, wrong.joined = 3;
+    MUST(!create(attention, wrong));
+    wrong.joined = 1, wrong.scale = -1.f;
+    MUST(!create(attention, wrong));
+    wrong.fields = given.fields;
+    MUST(!create(attention, wrong));
+    std::printf("all as it must be\n");
+}

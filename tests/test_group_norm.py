@@ -1,0 +1,229 @@
+"""The GroupNorm kernels on a CPU: as they are written, in an emulator, against float64."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.group_norm import norms
+from plugins.call import GroupNorm, error, open_library, plan
+from trt_builder.config import ModelConfig, Options, Shape
+
+TESTS = Path(__file__).resolve().parent
+KERNELS = TESTS.parent / "plugins" / "group_norm"
+GUARD = 4096  # bytes before and after each array, which nothing may touch
+
+UNET = [
+    GroupNorm(batch, channels, *size, row_batch=row)
+    for (channels, size), (batch, row) in itertools.product(
+        [
+            (320, (32, 48)), (640, (32, 48)), (960, (32, 48)), (320, (16, 24)), (640, (16, 24)), (960, (16, 24)),
+            (1280, (16, 24)), (1920, (16, 24)), (640, (8, 12)), (1280, (8, 12)), (1920, (8, 12)), (2560, (8, 12)),
+            (1280, (4, 6)), (2560, (4, 6)),
+        ],
+        [(2, 1), (1, 0)],
+    )
+]  # fmt: skip
+VAE = [
+    GroupNorm(1, channels, *size, epsilon=1e-6)
+    for channels, size in [(512, (32, 48)), (512, (64, 96)), (512, (128, 192)), (256, (128, 192)), (128, (128, 192))]
+]
+TWICE = GroupNorm(1, 128, 96, 128)  # read twice
+LARGE = [GroupNorm(1, channels, 256, 384, epsilon=1e-6) for channels in (256, 128)]
+ODD = [
+    GroupNorm(2, 64, 8, 8), GroupNorm(1, 32, 5, 7), GroupNorm(2, 36, 5, 7, groups=4, row_batch=2),
+    GroupNorm(2, 60, 5, 7, groups=6, row_batch=1), GroupNorm(3, 21, 5, 7, groups=7, silu=False),
+    GroupNorm(1, 24, 1, 1, groups=3), GroupNorm(2, 330, 3, 3, groups=2), GroupNorm(1, 96, 64, 64, row_batch=1),
+]  # fmt: skip
+FLOATS = [
+    GroupNorm(2, 320, 16, 24, half=False), GroupNorm(1, 640, 32, 48, half=False, row_batch=1),
+    GroupNorm(1, 256, 128, 192, half=False, epsilon=1e-6), GroupNorm(2, 64, 8, 8, half=False),
+]  # fmt: skip
+LINEAR = [
+    GroupNorm(2, 320, 16, 24, half=half, channels_last=False, row_batch=row)
+    for half, row in ((True, 2), (False, 0))
+] + [
+    GroupNorm(2, 1280, 4, 6, channels_last=False, silu=False),
+    GroupNorm(2, 33, 5, 7, groups=3, channels_last=False, row_batch=1),
+    GroupNorm(1, 32, 1, 1, channels_last=False, half=False, epsilon=0.1),
+    GroupNorm(1, 128, 64, 96, channels_last=False),
+]  # fmt: skip
+
+
+def compile_emulator(
+    folder: Path, kernels: Path = KERNELS, optimise: str = "-O2", source: str = "group_norm_emulated.cpp"
+) -> Any:
+    """The kernels for the CPU, as a library."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ to compile the emulator of the kernels with")
+    library = folder / "libemulated.so"
+    flags = f"-std=c++17 {optimise} -Wall -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -shared -fPIC".split()
+    include = [f"-I{TESTS}", f"-I{kernels}"]
+    command = [compiler, *flags, *include, str(TESTS / source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return open_library(library)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compile_emulator(tmp_path_factory.mktemp("emulator"))
+
+
+def emulate(
+    library: Any, norm: GroupNorm, mean: float = 0.0, cluster: int = 8, force: int = 0, order: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernels make of random arrays, and what float64 does; everything else in memory stays as it was."""
+    arrays = norm.arrays(mean)
+    call = norm.call(cluster, force)
+    stored = {name: norm.pack(array) if name == "x" else array for name, array in arrays.items()}
+    stored["y"] = np.full_like(stored["x"], np.nan)
+    stored["workspace"] = np.full(library.canny_group_norm_workspace(ctypes.byref(call)), 255, np.uint8)
+    memory = {}
+    for name, array in stored.items():
+        memory[name] = held = np.full(array.nbytes + 2 * GUARD, 255, np.uint8)
+        held[GUARD : GUARD + array.nbytes] = array.reshape(-1).view(np.uint8)
+        setattr(call, name, held.ctypes.data + GUARD)
+    before = {name: held.copy() for name, held in memory.items()}
+    assert library.emulate_group_norm(ctypes.byref(call), order) == 0
+    for name, held in memory.items():
+        inside = slice(GUARD, -GUARD) if name in ("y", "workspace") else slice(0, 0)
+        before[name][inside] = held[inside]
+        np.testing.assert_array_equal(held, before[name], err_msg=f"{name} was written to where it must not be")
+    y = memory["y"][GUARD:-GUARD].view(norm.dtype).reshape(norm.stored_shape)
+    assert not norm.channels_last or (y[..., norm.channels :] == 0).all(), "the padding is not zero"
+    return norm.unpack(y), norm.expected(arrays)
+
+
+# -- the kernels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("norm", [*UNET, *VAE, *ODD], ids=str)
+def test_half_precision_is_within_its_rounding(emulator: Any, norm: GroupNorm, mean: float) -> None:
+    """The bar is 2e-3; rounding the result to half makes up to 4.9e-4 of the largest value."""
+    assert error(*emulate(emulator, norm, mean)) < 5e-4
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("norm", FLOATS, ids=str)
+def test_single_precision(emulator: Any, norm: GroupNorm, mean: float) -> None:
+    assert error(*emulate(emulator, norm, mean)) < (2e-6 if mean == 0 else 2e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("norm", LINEAR, ids=str)
+def test_maps_with_channels_first(emulator: Any, norm: GroupNorm, mean: float) -> None:
+    assert error(*emulate(emulator, norm, mean)) < (5e-4 if norm.half else 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", LARGE, ids=str)
+def test_the_largest_maps(emulator: Any, norm: GroupNorm) -> None:
+    assert error(*emulate(emulator, norm, 100.0)) < 5e-4
+
+
+@pytest.mark.parametrize("force", [1, 2, 4, 8, -1])
+@pytest.mark.parametrize("norm", [UNET[6], ODD[0], ODD[2], FLOATS[0]], ids=str)
+def test_every_way_to_cut_a_map_gives_the_same(emulator: Any, norm: GroupNorm, force: int) -> None:
+    cut = plan(emulator, norm.call(8, force))
+    if cut.path == "none":
+        assert force == 1 and norm.height * norm.width > 100, "only a map too large for one block has no plan"
+        return
+    assert cut.path == ("two launches" if force < 0 else "one launch")
+    assert error(*emulate(emulator, norm, 100.0, force=force)) < 5e-4
+
+
+@pytest.mark.parametrize("norm", [UNET[0], UNET[20], TWICE, ODD[0], FLOATS[0], LINEAR[0]], ids=str)
+def test_the_order_of_threads_changes_no_bit(emulator: Any, norm: GroupNorm) -> None:
+    """Threads in another order between barriers: a result that depends on it lacks a barrier."""
+    first, _ = emulate(emulator, norm)
+    for order in (1, 2, 3):
+        again, _ = emulate(emulator, norm, order=order)
+        assert first.tobytes() == again.tobytes(), order
+
+
+@pytest.mark.parametrize(
+    ("find", "put"),
+    [
+        ("    thread.put(shared, records);\n    __syncthreads();", "    thread.put(shared, records);"),
+        ("        cluster_arrive();\n        cluster_wait();", "        __syncthreads();"),
+        pytest.param("c >= cut", "c > cut", marks=pytest.mark.slow),
+        pytest.param("delta * delta * a.count * weight", "delta * delta * weight", marks=pytest.mark.slow),
+        pytest.param("sum[c] = to_float(row.value[c]) * float(count);", "sum[c] = 0.f;", marks=pytest.mark.slow),
+        pytest.param("if (wide < kWidth) data[v].clear(wide);", "", marks=pytest.mark.slow),
+    ],
+)
+def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> None:
+    kernels = shutil.copytree(KERNELS, tmp_path / "kernels")
+    found = 0
+    for name in ("channels_last.cuh", "records.cuh"):
+        text = (kernels / name).read_text()
+        found += find in text
+        (kernels / name).write_text(text.replace(find, put))
+    assert found == 1, f"{find!r} is not in the kernels any more"
+    library = compile_emulator(tmp_path, kernels, "-O1")
+    bad = False
+    for norm, order in ((UNET[6], 0), (UNET[6], 1), (ODD[2], 1)):
+        try:
+            bad |= not error(*emulate(library, norm, 100.0, order=order)) < 5e-4
+        except AssertionError:
+            bad = True
+    assert bad
+
+
+@pytest.mark.parametrize("norm", [*UNET, *VAE, *LARGE, *ODD, *FLOATS, *LINEAR], ids=str)
+@pytest.mark.parametrize("cluster", [8, 1])
+def test_plans_fit_a_gpu(emulator: Any, norm: GroupNorm, cluster: int) -> None:
+    cut = plan(emulator, norm.call(cluster))
+    assert cut.path != "none"
+    assert cut.threads % 32 == 0 and 32 <= cut.threads <= 512 and cut.shared <= 48 << 10
+    assert cut.path != "one launch" or (cut.grid[0] <= cluster and cut.held <= 6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 330}, {"groups": 0}, {"height": 0}, {"batch": 70_000}, {"row_batch": 3},
+        {"half": False, "channels": 36, "groups": 4}, {"channels": 10_007 * 2, "groups": 2},
+        {"height": 100_000, "width": 100_000},
+    ],
+)  # fmt: skip
+def test_shapes_that_have_no_plan(emulator: Any, changes: dict[str, Any]) -> None:
+    norm = GroupNorm(**({"batch": 2, "channels": 320, "height": 4, "width": 4} | changes))
+    assert plan(emulator, norm.call(8)).path == "none"
+    assert emulator.emulate_group_norm(ctypes.byref(norm.call(8)), 0) == 1
+
+
+# -- which there are --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [Shape(128, 128), Shape(128, 192, 2)], ids=str)
+def test_the_benchmark_knows_every_group_norm_of_the_networks(shape: Shape) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
+    from trt_builder.flavour import get_flavour
+    from trt_builder.random_weights import random_weights
+    from trt_builder.stages import define
+    from trt_builder.weights import Weights, expected_shapes
+
+    flavour, config, options = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Options(precision="fp32")
+    trt = flavour.trt
+    builder = flavour.create_builder(trt.Logger(trt.Logger.ERROR))
+    weights = Weights.from_dict(random_weights(expected_shapes(config), 0))
+    for stage, found in norms(config, shape).items():
+        network = flavour.create_network(builder)
+        define(stage, network, flavour, config, weights, shape, options)
+        layers = [network.get_layer(i) for i in range(network.num_layers)]
+        shapes = [tuple(x.get_output(0).shape) for x in layers if x.type == trt.LayerType.NORMALIZATION]
+        ours: Counter[tuple[int, ...]] = Counter()
+        for norm, count in found.items():
+            ours[norm.shape] += count
+        assert ours == Counter(shape for shape in shapes if len(shape) == 4), stage
+    weights.release()
