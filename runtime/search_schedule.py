@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -53,6 +54,7 @@ def make_trials(settings: dict[str, Any], half: str) -> Trials:
 def _begin(settings: dict[str, Any], threads: int) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the parent ends its workers
     global _trials
     torch.set_num_threads(threads)
     _trials = make_trials(settings, "search")
@@ -117,7 +119,7 @@ def workers(settings: dict[str, Any], count: int) -> Iterator[Executor]:
     try:
         yield pool
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def search(
