@@ -44,6 +44,12 @@ RUN python -m compileall -q . \
     && python -c "from trt_builder.flavour import get_flavour; print(get_flavour().label)" \
     && case ",${EXTRAS}," in *,torch,*) python -c "import bench.measure, bench.perceptual as p; p.weights_path()" ;; esac
 
+# The plugins, where the base image has CUDA's compiler; without them TensorRT's own layers are all that there is.
+RUN if command -v nvcc > /dev/null; then \
+        pip install --no-cache-dir 'cmake>=3.24' && python -m plugins build \
+        || echo "The plugins were not compiled: --group-norm own and --attention own will not work in this image."; \
+    fi
+
 # Volumes that any user may write to, so that `docker run --user` works; nothing runs as root.
 RUN useradd --create-home --shell /usr/sbin/nologin --uid 10001 canny \
     && install -d -m 1777 /engines /score \

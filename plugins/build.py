@@ -44,6 +44,13 @@ def build(
     wrong = [name for name in architectures if not re.fullmatch(r"\d{2,3}[af]?", name)]
     if wrong:
         raise PluginError(f"{wrong[0]!r} is no GPU architecture: write compute capability 9.0 as 90.")
+    installed = ".".join(installed_version().split(".")[:3])
+    here = list(architectures) or gpu_architecture()
+    if installed and here and not (force or include) and flavour in (None, flavour_of(installed)):
+        if fits(installed, here, output):  # which needs no compiler
+            path = library_path(int(installed.partition(".")[0]), output)
+            say(f"{path} fits already.")
+            return path
     headers, version = find_headers(flavour, include)
     nvcc = find_nvcc()
     cuda, known = ask_nvcc(nvcc)
@@ -199,10 +206,15 @@ def ask_nvcc(nvcc: Path) -> tuple[str, list[str]]:
 
 def usual_architectures(known: Sequence[str]) -> list[str]:
     """The architecture of this machine's GPU, without one all of the presets that nvcc knows."""
+    return gpu_architecture() or [name for name in ARCHITECTURES if name in known]
+
+
+def gpu_architecture() -> list[str]:
+    """The architecture of this machine's GPU as ["90"], [] without one."""
     from runtime.engine import gpu
 
     here = gpu()
-    return [here.capability.replace(".", "")] if here else [name for name in ARCHITECTURES if name in known]
+    return [here.capability.replace(".", "")] if here else []
 
 
 def find_tool(name: str, advice: str) -> Path:

@@ -151,6 +151,16 @@ def test_a_library_that_does_not_fit_is_refused(lib: Path, monkeypatch: pytest.M
     assert "cannot be read" in refused(lambda: loading.find("8.6.0", lib))
 
 
+def test_a_library_that_fits_needs_no_compiler(lib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "installed_version", lambda: "8.6.0.12")
+    monkeypatch.setattr(building, "gpu_architecture", lambda: ["90"])
+    monkeypatch.setattr(building, "find_nvcc", lambda: pytest.fail("it asked for a compiler"))
+    monkeypatch.setattr(building, "header_folders", lambda: iter(()))
+    assert build(output=lib) == loading.library_path(8, lib)
+    monkeypatch.setattr(building, "gpu_architecture", lambda: ["120"])
+    assert "the headers of TensorRT 8.6" in refused(lambda: build(output=lib))
+
+
 def test_a_manifest_keeps_the_plugins_that_plans_need(tmp_path: Path) -> None:
     needs = {"CannyGroupNorm": "a" * 64}
     size = {"height": 64, "width": 64, "samples": 1, "steps": 20}
