@@ -142,7 +142,7 @@ def search(
                 made.append(Found(c, float(np.mean(entry["pd"])), schedule))
             return made
 
-        for family in options.families:
+        for family in sorted(options.families, key=FAMILIES.index):
             for budget in sorted(options.budget):
                 begin = starts(family, budget, count)
                 for dearer in (
