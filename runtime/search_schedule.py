@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,20 @@ def workers(settings: dict[str, Any], count: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
+def from_others(
+    family: str, budget: float, best: dict[tuple[float, str], Found], costs: dict[str, float]
+) -> list[Candidate]:
+    """What was found by simpler rules, in this family's form: a good place to begin."""
+    if family == "fitted":
+        plain = [best[budget, other].candidate for other in FAMILIES[:2] if (budget, other) in best]
+        return [replace(candidate, fill="reuse", fit=True) for candidate in plain]
+    if family == "mixed":
+        fitted = [found.candidate for (other, kind), found in best.items() if kind == "fitted" and other >= budget]
+        made = (cheapened(c, kind, budget, costs) for c in fitted for kind in list(EVALUATIONS)[1:])
+        return [candidate for candidate in made if candidate]
+    return []
+
+
 def search(
     settings: dict[str, Any], options: argparse.Namespace, tried: Log, tell: Callable[[str, int], None]
 ) -> dict[tuple[float, str], Found]:
@@ -144,16 +159,9 @@ def search(
 
         for family in sorted(options.families, key=FAMILIES.index):
             for budget in sorted(options.budget):
-                begin = starts(family, budget, count)
-                for dearer in (
-                    b for b in options.budget if b >= budget and family == "mixed" and (b, "fitted") in best
-                ):
-                    fitted = best[dearer, "fitted"].candidate
-                    cheaper = (cheapened(fitted, kind, budget, options.costs) for kind in list(EVALUATIONS)[1:])
-                    begin += [candidate for candidate in cheaper if candidate]
-                begin = list(dict.fromkeys(begin))
+                begin = [*starts(family, budget, count), *from_others(family, budget, best, options.costs)]
                 found = beam_search(
-                    score, begin, lambda c, f=family, b=budget: neighbours(c, f, b, options.costs),  # type: ignore[misc]
+                    score, dict.fromkeys(begin), lambda c, f=family, b=budget: neighbours(c, f, b, options.costs),  # type: ignore[misc]
                     options.beam, options.rounds, options.tries, options.seed,
                 )  # fmt: skip
                 best[budget, family] = found[0]
