@@ -16,13 +16,14 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -56,9 +57,17 @@ def _begin(settings: dict[str, Any], threads: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _trials
     torch.set_num_threads(threads)
     _trials = make_trials(settings, "search")
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent:
+        parent.join()  # a parent that is killed tells its workers nothing
+        os._exit(1)
 
 
 def _score(candidate: Candidate, steps: int) -> dict[str, Any]:
@@ -289,5 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def stop(*_: object) -> NoReturn:
+    """End on SIGTERM as on Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

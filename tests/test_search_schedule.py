@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,24 @@ def test_a_search_from_the_command_line_and_once_more(tmp_path: Path) -> None:
         Schedule.parse(path, 8)
     tried = (tmp_path / "tried.jsonl").read_text()
     assert run(*words).returncode == 0 and (tmp_path / "tried.jsonl").read_text() == tried
+
+
+@pytest.mark.slow
+def test_a_killed_search_leaves_no_process(tmp_path: Path) -> None:
+    words = ["--budget", "4", "--workers", "1", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "runtime.search_schedule", *words]
+    search = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{search.pid}/task/{search.pid}/children")
+    if not children.exists():
+        pytest.skip("this system's /proc does not tell a process's children")
+    deadline = time.monotonic() + 120
+    while len((tmp_path / "tried.jsonl").read_text().splitlines() if (tmp_path / "tried.jsonl").exists() else []) < 2:
+        assert time.monotonic() < deadline and search.poll() is None
+        time.sleep(0.5)
+    workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+    assert workers
+    search.kill()
+    search.wait()
+    while any(worker.exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.2)
