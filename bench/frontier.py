@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -27,10 +28,11 @@ from runtime.schedule import Evaluation, Schedule, Update, ddim_timesteps
 if TYPE_CHECKING:
     from runtime.candidates import Found
 
-SOLVERS: dict[str, Callable[..., Any]] = {"DPM-Solver++(2M)": dpm_solver_pp_2m, "UniPC": unipc}
-TITLES = {"reuse": "reuse, searched", "extrapolate": "extrapolate, searched", "fitted": "fitted weights, searched",
-          "mixed": "fitted, partial evaluations"}  # fmt: skip
-COLOURS = ["#888888", "#bb5566", "#ddaa33", "#aa77bb", "#88ccee", "#117733", "#004488", "#000000"]
+SOLVERS: dict[str, Callable[..., Any]] = {"DPM++ 2M": dpm_solver_pp_2m, "UniPC": unipc}
+TITLES = {
+    "reuse": "reuse", "extrapolate": "extrapolate", "fitted": "fitted weights", "mixed": "partial too",
+}  # fmt: skip
+COLOURS = ["#999999", "#cc6677", "#ddaa33", "#4477aa", "#aa77bb", "#117733", "#66ccaa", "#000000"]
 Row = dict[str, Any]
 
 
@@ -59,11 +61,11 @@ def report(
         evaluations = ["evaluate"] * n
         steps = next((s for s in range(n, 0, -1) if len(ddim_timesteps(s)) == n), None)
         if steps:
-            add("DDIM, fewer steps", n, evaluations, trials.solve(ddim, ddim_timesteps(steps)[::-1].tolist()))
+            add("fewer steps", n, evaluations, trials.solve(ddim, ddim_timesteps(steps)[::-1].tolist()))
         for name, solver in SOLVERS.items():
             add(name, n, evaluations, trials.solve(solver, even_timesteps(n)))
     output.mkdir(parents=True, exist_ok=True)
-    for (budget, family), found in sorted(best.items(), key=lambda item: item[0]):
+    for (budget, family), found in sorted(best.items(), key=lambda item: (list(TITLES).index(item[0][1]), item[0][0])):
         trial = trials.run(found.schedule)
         kinds = [kind for kind in found.candidate.kinds if kind]
         add(TITLES[family], found.candidate.cost(dict(costs)), kinds, (trial.pd, trial.rms))
@@ -125,8 +127,8 @@ def milliseconds(trials: Trials, runs: int = 7) -> dict[str, float]:
 
 def draw(rows: list[Row], path: Path, settings: Mapping[str, Any]) -> None:
     """PD against milliseconds, a line for each family, into a PNG file."""
-    figure = Figure(figsize=(8, 5.2), dpi=160, facecolor="white")
-    axes = figure.add_axes((0.08, 0.11, 0.88, 0.77))
+    figure = Figure(figsize=(9.2, 5.2), dpi=160, facecolor="white")
+    axes = figure.add_axes((0.07, 0.11, 0.7, 0.76))
     families = list(dict.fromkeys(row["family"] for row in rows))
     for family, colour in zip(families, COLOURS, strict=False):
         points = sorted((r["ms"], r["pd"], float(np.std(r["pd_by_seed"]))) for r in rows if r["family"] == family)
@@ -142,19 +144,19 @@ def draw(rows: list[Row], path: Path, settings: Mapping[str, Any]) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(FAINT)
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     given = settings["given"]
-    figure.text(0.08, 0.945, f"Step schedules · {settings['model']} · {given['ddim_steps']} DDIM steps, guidance "
+    figure.text(0.07, 0.945, f"Step schedules · {settings['model']} · {given['ddim_steps']} DDIM steps, guidance "
                 f"{given['scale']:g}", size=12, weight="bold")  # fmt: skip
-    figure.text(0.08, 0.905, "bars: deviation over seeds", size=8.5, color=QUIET)
+    figure.text(0.07, 0.905, "one point a number of evaluations; bars: deviation over seeds", size=8.5, color=QUIET)
     figure.savefig(path)
 
 
 def table(rows: list[Row]) -> Table:
     """PD by evaluations and family."""
     families = list(dict.fromkeys(row["family"] for row in rows if row["family"] != "hackathon-10"))
-    made = Table(title="Mean PD to all steps, held out (± over seeds)")
-    made.add_column("evaluations", justify="right")
+    made = Table(title="Mean PD to all steps on held-out pictures and seeds", box=box.SIMPLE_HEAD)
+    made.add_column("cost", justify="right")
     for family in families:
         made.add_column(family, justify="right")
     columns = {id(row): row.get("budget") or row["evaluations"] for row in rows}
@@ -162,7 +164,7 @@ def table(rows: list[Row]) -> Table:
         cells = []
         for family in families:
             here = [r for r in rows if r["family"] == family and columns[id(r)] == n]
-            cells.append(f"{here[0]['pd']:.2f} ± {np.std(here[0]['pd_by_seed']):.2f}" if here else "–")
+            cells.append(f"{here[0]['pd']:.2f}" if here else "–")
         made.add_row(f"{n:g}", *cells)
     for row in (r for r in rows if r["family"] == "hackathon-10"):
         made.caption = f"hackathon-10: {row['pd']:.2f} ± {np.std(row['pd_by_seed']):.2f}"
