@@ -219,7 +219,7 @@ def test_yaml_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, steps, sentence",
     [
-        ("fast", 20, "There is no schedule 'fast': take one of full, hackathon-10, a list"),
+        ("fast", 20, "There is no schedule 'fast': take one of full, frontier-10, .*hackathon-10, a list"),
         ("19,18,18,4", 20, "names step 18 more than once"),
         ("20,19", 20, "names step 20, but the steps are 19 to 0"),
         ("19,-1", 20, "names step -1, but the steps are 19 to 0"),
