@@ -13,7 +13,10 @@ from bench.ours import arguments, used
 from runtime import Canny2Image, PipelineOptions
 from runtime.engine import OutOfMemory, check, cuda_runtime, gpu
 from runtime.manifest import Manifest
+from runtime.rules import Rule
+from runtime.schedule import Schedule, every_schedule
 from runtime.session import STAGES
+from runtime.steps import COND
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(gpu() is None, reason="cuda-python sees no NVIDIA GPU")
@@ -25,7 +28,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "ENGINES" in os.environ:
         return Path(os.environ["ENGINES"])
     folder = tmp_path_factory.mktemp("engines")
-    build = "-m trt_builder build --model tiny --random-weights 0 --height 64 --width 128 --output".split()
+    build = "-m trt_builder build --model tiny --random-weights 0 --height 64 --width 128 --cond --output".split()
     done = subprocess.run([sys.executable, *build, str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next(path.parent for path in folder.glob("*/manifest.json"))
@@ -100,17 +103,26 @@ def test_a_profile_has_a_time_for_each(engines: Path, given: dict) -> None:
         np.testing.assert_array_equal(pipeline.process(**given), first)
 
 
-def test_pictures_are_near_those_of_pytorch(engines: Path, given: dict) -> None:
+RULES = ("evaluate", "evaluate", "extrapolate-2", "evaluate-unet", "adams-bashforth-2", "evaluate-cond", "extrapolate-3",
+         "evaluate-cond-unet", "reuse", *["evaluate", "evaluate-cond", "evaluate-unet", "reuse"] * 2, "evaluate",
+         "adams-bashforth-3", "reuse")  # fmt: skip
+SCHEDULES = [*every_schedule(20), Schedule("every rule", 20, tuple(map(Rule, RULES)))]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
+def test_pictures_are_near_those_of_pytorch(engines: Path, given: dict, schedule: Schedule) -> None:
     """Half precision against float32 on the CPU, where PyTorch shares the interpreter; `bench/peers.py` where not."""
+    manifest = Manifest.load(engines)
+    if not set(COND) <= manifest.stages.keys() and not all(u.evaluation.both for u in schedule.updates()):
+        pytest.skip("the engines were built without --cond")
+    with Canny2Image(engines, schedule) as pipeline:
+        made = pipeline.process(**given)
+        np.testing.assert_array_equal(pipeline.process(**given), made)
     pytest.importorskip("torch", reason="PyTorch is not in this interpreter")
     from cldm.canny2image import Staged
-    from runtime.schedule import Schedule
     from trt_builder.verify import load_twin
 
-    manifest = Manifest.load(engines)
     if Path(manifest.model).stem != "tiny":
         pytest.skip("the full size takes minutes on a CPU")
-    expected = Staged(load_twin(manifest, "cpu"), Schedule.parse("full", 20)).process(**given)
-    with Canny2Image(engines, "full") as pipeline:
-        made = pipeline.process(**given)
+    expected = Staged(load_twin(manifest, "cpu"), schedule).process(**given)
     assert np.abs(np.array(made, np.int16) - np.array(expected, np.int16)).mean() < 4
