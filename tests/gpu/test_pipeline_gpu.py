@@ -103,9 +103,11 @@ def test_a_profile_has_a_time_for_each(engines: Path, given: dict) -> None:
         np.testing.assert_array_equal(pipeline.process(**given), first)
 
 
-RULES = ("evaluate", "evaluate", "extrapolate-2", "evaluate-unet", "adams-bashforth-2", "evaluate-cond", "extrapolate-3",
-         "evaluate-cond-unet", "reuse", *["evaluate", "evaluate-cond", "evaluate-unet", "reuse"] * 2, "evaluate",
-         "adams-bashforth-3", "reuse")  # fmt: skip
+RULES = (
+    "evaluate", "evaluate", "extrapolate-2", "evaluate-unet", "adams-bashforth-2", "evaluate-cond", "extrapolate-3",
+    "evaluate-cond-unet", "reuse", *["evaluate", "evaluate-cond", "evaluate-unet", "reuse"] * 2, "evaluate",
+    "adams-bashforth-3", "reuse",
+)  # fmt: skip
 SCHEDULES = [*every_schedule(20), Schedule("every rule", 20, tuple(map(Rule, RULES)))]
 
 
