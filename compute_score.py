@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.output import OutputError, check_output, ignoring_signals, output_folder
 from bench.report import PD_LIMIT, RESULTS, PictureResult, comparison_table, result_table, write_reports
+from runtime.command_line import Parser, UsageError, escape_output, sentence, stop
 from runtime.images import ImageError, canny_hint, read_image, resize_image
 from runtime.manifest import EngineError
 from runtime.schedule import Schedule, ddim_timesteps, every_schedule
@@ -49,21 +49,6 @@ class BadInput(ValueError):
 
 class Interrupted(Exception):
     """The run was stopped, and what was finished is kept; the text is one sentence."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see --help).")
-
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The options of a command line; argparse itself takes "--steps=--" for an empty list."""
-        words = sys.argv[1:] if argv is None else list(argv)
-        for word in words:
-            if word.startswith("-") and word.endswith("=--"):
-                self.error(f"argument {word}: expected one argument")
-        return self.parse_args(words)
 
 
 def parser() -> Parser:
@@ -108,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0, 1 with --strict where a picture failed or is missing, 2 for bad input, 130 when stopped.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown ends no run
+    escape_output()
     handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
@@ -122,19 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"compute_score: {stopped}", file=sys.stderr)
         return 130
-    except (BadInput, EngineError, ImageError, OutputError, OSError) as error:
+    except (UsageError, BadInput, EngineError, ImageError, OutputError, OSError) as error:
         print(f"compute_score: {sentence(error)}", file=sys.stderr)
         return 2
     return 1 if options.strict and not passed else 0
-
-
-def sentence(error: BaseException) -> str:
-    """An error as one line that ends in a full stop."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = " ".join(text.split())
-    return text if text.endswith(".") else f"{text}."
 
 
 @contextmanager
@@ -359,11 +333,6 @@ def show(options: argparse.Namespace, results: list[PictureResult], summary: dic
     """The table and where the rest is."""
     Console().print(result_table(results, summary))
     print(f"{summary['failed']} of {summary['pictures']} over PD {PD_LIMIT:g}. All of it is in {options.output}.")
-
-
-def stop(*_: object) -> NoReturn:
-    """End on SIGTERM as on Ctrl-C, so that nothing half-written stays."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

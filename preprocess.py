@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 from rich.markup import escape
 from rich.table import Table
 
 from models import ENDINGS, VARIABLE, find_weights
+from runtime.command_line import Parser, sentence
 from runtime.engine import Gpu, gpu
 from runtime.images import read_image, resized_size
 from runtime.manifest import Manifest
@@ -54,13 +54,6 @@ STATUSES = """exit status:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise building.BuildError(f"{message} (see --help).")
-
-
 def parser() -> argparse.ArgumentParser:
     """Every option."""
     make = Parser(
@@ -91,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("preprocess: stopped; what was finished is kept, and the next run continues.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"preprocess: {cli.sentence(error)}", file=sys.stderr)
+        print(f"preprocess: {sentence(error)}", file=sys.stderr)
         return 2
 
 
@@ -166,7 +159,7 @@ def choose_flavour(name: str, here: Gpu | None, show: Bar) -> tuple[Flavour | No
             if name != "auto":
                 return None, str(error)
             if module in names[:-1] and importlib.util.find_spec(module):
-                show.say(f"{cli.sentence(error)} Trying {names[-1]}.")
+                show.say(f"{sentence(error)} Trying {names[-1]}.")
     which = "no TensorRT is installed" if here else "no TensorRT that builds without a GPU is installed"
     return None, f"{which}: {INSTALL}"
 
@@ -208,7 +201,7 @@ def compile_plugins(flavour: Flavour, show: Bar) -> None:
             library = importlib.import_module("plugins.build").build()
         show.say(f"Plugins: {short(library)}")
     except (ValueError, OSError) as error:
-        show.say(f"No plugins were compiled: {cli.sentence(error)}")
+        show.say(f"No plugins were compiled: {sentence(error)}")
 
 
 def prepare_shape(build: argparse.Namespace, facts: Manifest, shape: Shape, options: argparse.Namespace) -> Prepared:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from rich.logging import RichHandler
 
 from models import find_weights
 from plugins.load import require
+from runtime.command_line import Parser, escape_output, sentence, stop
 from runtime.engine import Engine, gpu
 from runtime.manifest import EngineError, Manifest, StagePlan, folder_name
 from trt_builder import build as building
@@ -55,21 +55,6 @@ TWO_INTERPRETERS = """Compare the engines of a folder with PyTorch, output by ou
   verify --make-reference REF.npz --model sd15 --weights FILE …    the reference before there are engines
   verify DIR --time                       TensorRT only: the median of 50 CUDA graph replays, into DIR/timings.json
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BuildError(f"{message} (see --help).")
-
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The options of a command line; argparse itself takes "--steps=--" for an empty list."""
-        words = sys.argv[1:] if argv is None else list(argv)
-        for word in words:
-            if word.startswith("-") and word.endswith("=--"):
-                self.error(f"argument {word}: expected one argument")
-        return self.parse_args(words)
 
 
 def parser() -> Parser:
@@ -132,9 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 where verify finds an output over its tolerance, 2 for bad input, 130 when stopped.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown ends nothing
+    escape_output()
     handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     commands = {"build": build, "inspect": inspect, "verify": verify, "random-weights": write_weights}
@@ -147,15 +130,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"trt_builder: {sentence(error)}", file=sys.stderr)
         return 2
-
-
-def sentence(error: BaseException) -> str:
-    """An error as one line that ends in a full stop."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = " ".join(text.split())
-    return text if text.endswith(".") else f"{text}."
 
 
 def build(options: argparse.Namespace) -> int:
@@ -378,11 +352,6 @@ def write_weights(options: argparse.Namespace) -> int:
         raise BuildError(f"--write is {options.write}, but only .safetensors files are written.")
     write_random_weights(options.write, expected_shapes(ModelConfig.load(options.model)), options.seed)
     return 0
-
-
-def stop(*_: object) -> NoReturn:
-    """End on SIGTERM as on Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def run(main: Callable[[], int]) -> NoReturn:
