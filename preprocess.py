@@ -26,6 +26,7 @@ from runtime.engine import Gpu, gpu
 from runtime.images import read_image, resized_size
 from runtime.manifest import Manifest
 from runtime.schedule import noise_schedule
+from runtime.steps import COND
 from trt_builder import __main__ as cli
 from trt_builder import build as building
 from trt_builder import verify as verifying
@@ -33,7 +34,6 @@ from trt_builder.build import Built
 from trt_builder.config import ModelConfig, Shape
 from trt_builder.convert import convert
 from trt_builder.flavour import MODULES, Flavour, FlavourError, get_flavour
-from trt_builder.stages import COND
 from trt_builder.terminal import ERRORS, Bar, output, show_size, table, verify_table
 from trt_builder.weights import Weights, expected_shapes
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import FAINT, QUIET
-from bench.perceptual import InceptionFeatures  # noqa: F401  (says in a sentence what to install)
-from bench.report import machine
+from bench.ours import timed
+from bench.report import machine, write_json
 from bench.trials import Trials
 from cldm.canny2image import Memory
 from cldm.samplers import ddim, dpm_solver_pp_2m, even_timesteps, unipc
@@ -76,7 +74,7 @@ def report(
         trial = trials.run(named)
         add("hackathon-10", 10, ["evaluate"] * 10, (trial.pd, trial.rms))
     content = {"settings": settings, "costs": dict(costs), "milliseconds": ms, "machine": machine(), "rows": rows}
-    (output / "frontier.json").write_text(json.dumps(content, indent=1, default=str))
+    write_json(output / "frontier.json", content)
     draw(rows, output / "frontier.png", settings)
     if save:
         for budget in budgets:
@@ -107,21 +105,19 @@ def milliseconds(trials: Trials, runs: int = 7) -> dict[str, float]:
     zeros, memory = x * 0, Memory()
     times: dict[str, float] = {}
 
-    def timed(call: Callable[[], Any]) -> float:
-        taken = []
-        for _ in range(runs):
-            begin = time.perf_counter()
+    def median(call: Callable[[], Any]) -> float:
+        def whole() -> None:
             call()
             trials.wait()
-            taken.append(1000 * (time.perf_counter() - begin))
-        return float(np.median(taken))
+
+        return float(np.median(timed(whole, runs)))
 
     for name, (control, both) in EVALUATIONS.items():
         update = Update(0, Evaluation(1, control, both), 1.0, (0.0, 0.0, 0.0), ())
         if name == "evaluate":
             _, memory = one.denoiser.step(x, 0, update, zeros, memory)
-        times[name] = timed(partial(one.denoiser.step, x, 0, update, zeros, memory))
-    times["rest"] = timed(one.once)
+        times[name] = median(partial(one.denoiser.step, x, 0, update, zeros, memory))
+    times["rest"] = median(one.once)
     return times
 
 

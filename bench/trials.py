@@ -23,7 +23,7 @@ from cldm.stages import STAGES, Tensors
 from runtime.images import canny_hint, resize_image
 from runtime.noise import cuda_randn
 from runtime.rules import HISTORY, Rule
-from runtime.schedule import Evaluation, Schedule, Update, control_scales, ddim_timesteps
+from runtime.schedule import Evaluation, Schedule, Update, batch_scales, ddim_timesteps
 from runtime.tokenizer import END, tokenize
 
 KEPT = 100  # evaluations that are remembered, a few megabytes each
@@ -67,10 +67,8 @@ class Trials:
         self.edges = edge_tensor(edges[0], model)
         self.timesteps = ddim_timesteps(self.steps)
         times = self._stage("time", {"timesteps": torch.from_numpy(self.timesteps.copy()).to(model.device)})
-        scales = control_scales(len(model.control_scales), given["strength"], given["guess_mode"])
-        both = torch.tensor(scales, device=model.device)[:, None].repeat(1, 2 * n)
-        if given["guess_mode"]:
-            both[:, n:] = 0.0
+        scales = batch_scales(len(model.control_scales), n, given["strength"], given["guess_mode"])
+        both = torch.from_numpy(scales).to(model.device)
         self.denoiser = Denoiser(self._stage, text, {"hint": torch.cat(hints)}, times, both, given["scale"])
         self.x = torch.from_numpy(np.concatenate([cuda_randn(seed, shape) for _, seed in items])).to(model.device)
         self._evaluations: OrderedDict[Any, tuple[tuple[Tensor, ...], Memory]] = OrderedDict()

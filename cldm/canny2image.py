@@ -21,7 +21,7 @@ from models import description, find_weights
 from runtime.images import canny_hint, resize_image
 from runtime.noise import cuda_randn, random_seed
 from runtime.rules import HISTORY
-from runtime.schedule import Schedule, Update, control_scales
+from runtime.schedule import Schedule, Update, batch_scales, control_scales
 from runtime.tokenizer import tokenize
 
 
@@ -198,10 +198,7 @@ class Staged:
         text = self.stage("clip", {"tokens": torch.from_numpy(tokens).to(device)})
         features = self.stage("hint", {"edges": edge_tensor(picture, self.model)})
         times = self.stage("time", {"timesteps": torch.tensor([u.evaluation.timestep for u in updates], device=device)})
-        scales = torch.tensor(control_scales(len(self.model.control_scales), strength, guess_mode), device=device)
-        scales = scales[:, None].repeat(1, 2 * n)
-        if guess_mode:
-            scales[:, n:] = 0.0
+        scales = torch.from_numpy(batch_scales(len(self.model.control_scales), n, strength, guess_mode)).to(device)
 
         denoiser = Denoiser(self.stage, text, features, times, scales, scale)
         x, memory = torch.from_numpy(cuda_randn(seed, shape)).to(device), Memory()

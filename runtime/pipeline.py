@@ -21,7 +21,7 @@ from runtime.images import canny_hint, resize_image, resized_size
 from runtime.manifest import NAME, EngineError, Manifest, folders_in
 from runtime.memory import Recent
 from runtime.noise import cuda_randn, random_seed
-from runtime.schedule import Evaluation, Schedule, alphas_cumprod, control_scales
+from runtime.schedule import Evaluation, Schedule, alphas_cumprod, batch_scales
 from runtime.session import PipelineOptions, Session, Steps
 from runtime.tokenizer import tokenize
 
@@ -141,10 +141,7 @@ class Canny2Image:
                 host["edges"][0, 1:] = plane
                 host["x"][:] = latent_noise(seed, shape)
                 host["guidance"][:] = scale
-                scales = control_scales(len(host["scales"]), strength, guess_mode)
-                host["scales"][:] = np.array(scales)[:, None]
-                if guess_mode:
-                    host["scales"][:, num_samples:] = 0.0
+                host["scales"][:] = batch_scales(len(host["scales"]), num_samples, strength, guess_mode)
                 noisy = steps.fill(updates, lambda draw: latent_noise(seed, shape, draw))
                 watch.lap("inputs")
                 session.run(steps, text, noisy)

@@ -136,7 +136,7 @@ def read_rules(path: Path) -> tuple[str, int, list[Rule] | list[int], list[int]]
     for node in entries.value:
         entry = _plain(path, node)
         try:
-            read.append(_rule(entry) if kind == "rules" else _whole(entry))
+            read.append(rule_of(entry) if kind == "rules" else _whole(entry))
         except ScheduleError as error:
             raise ScheduleError(f"{path}, line {_line(node)}: {error}") from error
     return str(_plain(path, fields["name"])), steps, read, [*map(_line, entries.value), _line(entries)]
@@ -173,8 +173,8 @@ def _whole(entry: Any) -> int:
     return entry
 
 
-def _rule(entry: Any) -> Rule:
-    """A rule as YAML has it: its name, or its name with a list of weights."""
+def rule_of(entry: Any) -> Rule:
+    """A rule as YAML and JSON have it: its name, or its name with a list of weights; raises ScheduleError."""
     if isinstance(entry, str):
         return Rule(entry)
     if not isinstance(entry, dict) or len(entry) != 1:

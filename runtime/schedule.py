@@ -245,6 +245,13 @@ def control_scales(count: int, strength: float, guess_mode: bool) -> list[float]
     return [strength * (0.825 ** (count - 1 - i) if guess_mode else 1.0) for i in range(count)]
 
 
+def batch_scales(count: int, samples: int, strength: float, guess_mode: bool) -> np.ndarray:
+    """`control_scales` for every row of the batch, (count, 2·samples) float32; in guess mode the negative row has 0."""
+    column = np.array(control_scales(count, strength, guess_mode), np.float32)[:, None]
+    negative = np.zeros_like(column) if guess_mode else column
+    return np.repeat(np.concatenate([column, negative], 1), samples, axis=1)
+
+
 def _load(path: Path) -> Schedule:
     """The schedule of a YAML file; every ScheduleError names the line that is wrong."""
     name, steps, rules, lines = read_rules(path)

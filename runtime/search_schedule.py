@@ -23,12 +23,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from runtime.candidates import COSTS, FAMILIES, Candidate, Found, beam_search, cheapened, neighbours, starts
-from runtime.rules import EVALUATIONS, Rule, ScheduleError
+from runtime.command_line import sentence, stop
+from runtime.manifest import write_whole
+from runtime.rules import EVALUATIONS, ScheduleError, rule_of
 from runtime.schedule import Schedule, ddim_timesteps
 
 if TYPE_CHECKING:
@@ -103,22 +106,13 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
         # Written anew, so that the next line begins at a line's begin whatever the last search was doing when it ended.
         whole = "\n".join([self.head, *map(json.dumps, self.known.values())]) + "\n"
-        path.with_suffix(".tmp").write_text(whole, encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
+        write_whole(path, whole.encode())
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a result, on disk before anything else happens."""
         self.known[entry["key"]] = entry
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def rule_of(entry: str | dict[str, list[float]]) -> Rule:
-    """A rule as `record` wrote it."""
-    if isinstance(entry, str):
-        return Rule(entry)
-    ((name, weights),) = entry.items()
-    return Rule(name, tuple(weights))
 
 
 @contextmanager
@@ -249,7 +243,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     ddim_timesteps(options.steps)
     given = {
         "prompt": options.prompt, "a_prompt": usual["added_prompt"], "n_prompt": usual["negative_prompt"],
-        "image_resolution": options.resolution or (128 if options.model == "tiny" else 256),
+        "image_resolution": options.resolution or compute_score.RESOLUTIONS.get(options.model, 256),
         "ddim_steps": options.steps, "guess_mode": False, "strength": usual["strength"], "scale": options.scale,
         "low_threshold": usual["low_threshold"], "high_threshold": usual["high_threshold"],
     }  # fmt: skip
@@ -262,23 +256,15 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search, report; 0, 2 for bad input, 130 when stopped."""
-    import torch
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from bench.frontier import report
+    import compute_score
 
     options = parser().parse_args(argv)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.workers = options.workers or (1 if options.device == "cuda" else min(8, os.cpu_count() or 1))
     try:
+        options.device = compute_score.choose_device(options)
+        options.workers = options.workers or (1 if options.device == "cuda" else min(8, os.cpu_count() or 1))
         settings = settings_of(options)
         tried = Log(options.output / "tried.jsonl", settings)
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.completed} schedules tried {task.description}"),
-            TimeElapsedColumn(),
-        )
+        columns = SpinnerColumn(), TextColumn("{task.completed} schedules tried"), TimeElapsedColumn()
         with Progress(*columns) as bar:
             task = bar.add_task("", total=None)
 
@@ -288,19 +274,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bar.console.print(text)
 
             best = search(settings, options, tried, tell)
+        from bench.frontier import report  # matplotlib and more, which a mistyped option need not wait for
+
         report(settings, best, options.costs, options.output, options.save)
         return 0
     except KeyboardInterrupt:
         print("search_schedule: stopped; what was tried is kept and the next search goes on.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"search_schedule: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"search_schedule: {sentence(error)}", file=sys.stderr)
         return 2
-
-
-def stop(*_: object) -> NoReturn:
-    """End on SIGTERM as on Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

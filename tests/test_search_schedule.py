@@ -20,9 +20,9 @@ from cldm.model import create_model
 from cldm.stages import STAGES
 from runtime.candidates import COSTS, FAMILIES, Candidate, Found, beam_search, cheapened, neighbours, starts
 from runtime.images import read_image
-from runtime.rules import EVALUATIONS, POLYNOMIALS, Rule, ScheduleError
+from runtime.rules import EVALUATIONS, POLYNOMIALS, Rule, ScheduleError, rule_of
 from runtime.schedule import Schedule
-from runtime.search_schedule import Log, rule_of
+from runtime.search_schedule import Log
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN: dict[str, Any] = {

@@ -22,6 +22,7 @@ from plugins.load import require
 from runtime.command_line import Parser, escape_output, sentence, stop
 from runtime.engine import Engine, gpu
 from runtime.manifest import EngineError, Manifest, StagePlan, folder_name
+from runtime.steps import COND
 from trt_builder import build as building
 from trt_builder import verify as verifying
 from trt_builder.build import BuildError, Built, Request
@@ -29,7 +30,7 @@ from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.inspect import Report, inspected_layers, read_report
 from trt_builder.random_weights import identity, random_weights, write_random_weights
-from trt_builder.stages import COND, STAGES, USUAL
+from trt_builder.stages import STAGES, USUAL
 from trt_builder.terminal import (
     ERRORS,
     Bar,

@@ -17,10 +17,11 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from runtime.manifest import EngineError, Manifest, StagePlan, write_whole
+from runtime.steps import COND
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour
 from trt_builder.inspect import report_path, write_report
-from trt_builder.stages import COND, define
+from trt_builder.stages import define
 from trt_builder.weights import Weights, expected_shapes
 
 THREAD = "tensorrt-build"

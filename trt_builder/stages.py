@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.steps import COND
 from trt_builder.clip import text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.control import residuals
@@ -294,8 +295,7 @@ _DEFINE: dict[str, Callable[[Stage], None]] = {
     "unet_decoder_cond": unet_decoder_cond,
 }
 STAGES: tuple[str, ...] = tuple(_DEFINE)
-COND = tuple(name for name in STAGES if name.endswith("_cond"))  # for schedules with evaluate-cond, and built on demand
-USUAL = tuple(name for name in STAGES if name not in COND)
+USUAL = tuple(name for name in STAGES if name not in COND)  # those of COND are built on demand
 
 
 def define(

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from runtime.manifest import Manifest
+from runtime.steps import STEP
 from trt_builder.build import Built, Show
 from trt_builder.inspect import Layer, Report, condensed
-from trt_builder.verify import STEP, Comparison
+from trt_builder.verify import Comparison
 
 ERRORS = Console(stderr=True)
 FILE_WIDTH = 180  # of tables in a file or a pipe

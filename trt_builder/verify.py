@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"fp16": 2e-2, "fp32": 1e-3}  # on ‖a − b‖ / ‖b‖
 VERDICT = "verified.json"
-STEP = ("control", "unet_encoder", "unet_decoder")  # what runs once per evaluated step
 Arrays = dict[str, np.ndarray]
 
 
