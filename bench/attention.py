@@ -52,8 +52,8 @@ def of_blocks(
             tokens, width = -(-shape.h // scale) * -(-shape.w // scale), layer.channels // heads
             for _ in range(config.transformer_depth):
                 yield Attention(batch, heads, tokens, tokens, width, joined=True)
-                batch = shape.batch  # cond and uncond part here
-                yield Attention(batch, heads, tokens, words, width)
+                repeat, batch = shape.batch // batch, shape.batch  # cond and uncond part here
+                yield Attention(batch, heads, tokens, words, width, repeat=repeat)
         elif layer.kind == "down":
             scale *= 2
         elif layer.kind == "up":
@@ -80,9 +80,10 @@ def torch_us(attention: Attention, replays: int) -> float | None:
     if not torch.cuda.is_available():
         return None
     q, k, v = (
-        torch.from_numpy(array).cuda().view(attention.batch, -1, attention.heads, attention.width).transpose(1, 2)
+        torch.from_numpy(array).cuda().view(len(array), -1, attention.heads, attention.width).transpose(1, 2)
         for array in attention.arrays().values()
     )
+    q = q.repeat(attention.repeat, 1, 1, 1)
 
     def several(stream: Any) -> None:
         with torch.cuda.stream(torch.cuda.ExternalStream(int(stream))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,7 @@ class CannyAttention(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "y")),
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "tokens", "keys", "width")),
+        *((name, ctypes.c_int32) for name in ("batch", "query_batch", "heads", "tokens", "keys", "width")),
         *((name, ctypes.c_int32) for name in ("q_stride", "kv_stride", "y_stride")),
         ("scale", ctypes.c_float),
     ]
@@ -227,9 +228,10 @@ class CannyAttention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of q (B, T, C) over k, v (B, S, C), C = heads·width, in half precision.
+    """One attention of q (B / repeat, T, C) over k, v (B, S, C), C = heads·width, in half precision.
 
     joined: Q, K and V lie side by side in one array (B, T, 3·C), as one matrix product makes them; then S is T.
+    repeat: how often the queries serve, one batch of k and v after the other.
     """
 
     batch: int
@@ -238,6 +240,7 @@ class Attention:
     keys: int
     width: int
     joined: bool = False
+    repeat: int = 1
 
     @property
     def channels(self) -> int:
@@ -252,18 +255,20 @@ class Attention:
     def arrays(self, deviation: float = 1.0, seed: int = 0) -> dict[str, np.ndarray]:
         """Random q, k and v (B, tokens, C) of this standard deviation."""
         rng = np.random.default_rng(seed)
-        sizes = {"q": self.tokens, "k": self.keys, "v": self.keys}
+        sizes = {"q": (self.batch // self.repeat, self.tokens), "k": (self.batch, self.keys)}
+        sizes["v"] = sizes["k"]
         return {
-            name: (deviation * rng.standard_normal((self.batch, size, self.channels), np.float32)).astype(np.float16)
+            name: (deviation * rng.standard_normal((*size, self.channels), np.float32)).astype(np.float16)
             for name, size in sizes.items()
         }
 
     def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """y (B, T, C) in float64."""
         q, k, v = (
-            arrays[name].astype(np.float64).reshape(self.batch, -1, self.heads, self.width).transpose(0, 2, 1, 3)
+            arrays[name].astype(np.float64).reshape(len(arrays[name]), -1, self.heads, self.width).transpose(0, 2, 1, 3)
             for name in "qkv"
         )
+        q = np.concatenate([q] * self.repeat)
         scores = q @ k.transpose(0, 1, 3, 2) * self.width**-0.5
         weights = np.exp(scores - scores.max(axis=3, keepdims=True))
         y = weights / weights.sum(axis=3, keepdims=True) @ v
@@ -282,8 +287,9 @@ class Attention:
         """The call, without addresses."""
         stride = self.channels * (3 if self.joined else 1)
         return CannyAttention(
-            batch=self.batch, heads=self.heads, tokens=self.tokens, keys=self.keys, width=self.width, q_stride=stride,
-            kv_stride=stride, y_stride=self.channels, scale=self.width**-0.5,
+            batch=self.batch, query_batch=self.batch // self.repeat, heads=self.heads, tokens=self.tokens,
+            keys=self.keys, width=self.width, q_stride=stride, kv_stride=stride, y_stride=self.channels,
+            scale=self.width**-0.5,
         )  # fmt: skip
 
     def place(self, call: CannyAttention) -> None:
@@ -299,3 +305,166 @@ def attention_on_gpu(library: Any, attention: Attention, arrays: Mapping[str, np
     on_gpu = OnGpu(library.canny_attention, call, attention.memory(arrays), lambda y: y)
     attention.place(call)
     return on_gpu
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+class CannyLayerNorm(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "gamma", "beta", "y")),
+        *((name, ctypes.c_int32) for name in ("tokens", "channels")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class CannyGeglu(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, ctypes.c_int32) for name in ("tokens", "channels")),
+    ]
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """One LayerNorm of x (tokens, channels) in half precision."""
+
+    tokens: int
+    channels: int
+    epsilon: float = 1e-5
+
+    function = "canny_layer_norm"
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random x of a mean and standard deviation 1, gamma and beta (channels)."""
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((self.tokens, self.channels), np.float32) + np.float32(mean)
+        gamma, beta = rng.standard_normal((2, self.channels), np.float32)
+        return {"x": x.astype(np.float16), "gamma": gamma, "beta": beta}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (tokens, channels) in float64."""
+        x = arrays["x"].astype(np.float64)
+        x -= x.mean(axis=1, keepdims=True)
+        return x / np.sqrt(x.var(axis=1, keepdims=True) + self.epsilon) * arrays["gamma"] + arrays["beta"]
+
+    def call(self) -> CannyLayerNorm:
+        """The call, without addresses."""
+        return CannyLayerNorm(tokens=self.tokens, channels=self.channels, epsilon=self.epsilon)
+
+
+@dataclass(frozen=True)
+class Geglu:
+    """The gate of one GEGLU: x (tokens, 2·channels) → (tokens, channels), in half precision."""
+
+    tokens: int
+    channels: int
+
+    function = "canny_geglu"
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random x of a mean and standard deviation 1."""
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((self.tokens, 2 * self.channels), np.float32) + np.float32(mean)
+        return {"x": x.astype(np.float16)}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (tokens, channels) in float64."""
+        a, b = np.split(arrays["x"].astype(np.float64), 2, axis=1)
+        return a * b * 0.5 * (1 + np.vectorize(math.erf)(b * 0.5**0.5))
+
+    def call(self) -> CannyGeglu:
+        """The call, without addresses."""
+        return CannyGeglu(tokens=self.tokens, channels=self.channels)
+
+
+def tokens_on_gpu(library: Any, what: LayerNorm | Geglu, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A LayerNorm or the gate of a GEGLU on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    memory = {**arrays, "y": np.full((what.tokens, what.channels), np.nan, np.float16)}
+    return OnGpu(getattr(library, what.function), what.call(), memory, lambda y: y)
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------
+
+
+class CannyConv(ctypes.Structure):
+    """The structure of the same name in conv/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y")),
+        *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
+        *((name, ctypes.c_int32) for name in ("residual_batch", "max_cluster")),
+    ]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution of x (B, C, h, w) to D filters, all channels-last in half precision; sides are rounded up.
+
+    residual_batch: 0 without a residual, else how many rows of the batch it has, taken in turn.
+    """
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    size: int = 3
+    stride: int = 1
+    residual_batch: int = 0
+
+    function = "canny_conv"
+
+    @property
+    def out(self) -> tuple[int, int, int, int]:
+        """The shape of y in memory, (B, h, w, D)."""
+        return self.batch, -(-self.height // self.stride), -(-self.width // self.stride), self.filters
+
+    @property
+    def moved(self) -> int:
+        """Bytes of weights, the least that must be read."""
+        return 2 * self.filters * self.size**2 * self.channels
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random x (B, h, w, C), weight (D, size, size, C) that keeps its deviation, bias (D), and the residual."""
+        rng = np.random.default_rng(seed)
+        shapes = {"x": (self.batch, self.height, self.width, self.channels)}
+        shapes["weight"] = (self.filters, self.size, self.size, self.channels)
+        if self.residual_batch:
+            shapes["residual"] = (self.residual_batch, *self.out[1:])
+        made = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        made["x"] += np.float32(mean)
+        made["weight"] *= np.float32((self.size**2 * self.channels) ** -0.5)
+        bias = rng.standard_normal(self.filters, np.float32)
+        return {name: array.astype(np.float16) for name, array in made.items()} | {"bias": bias}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (B, h, w, D) in float64."""
+        border, (_, h, w, _) = self.size // 2, self.out
+        x = np.pad(arrays["x"].astype(np.float64), [(0, 0), (border, border), (border, border), (0, 0)])
+        y = np.zeros(self.out) + arrays["bias"]
+        for i, j in np.ndindex(self.size, self.size):
+            part = x[:, i : i + self.height : self.stride, j : j + self.width : self.stride]
+            y += part[:, :h, :w] @ arrays["weight"][:, i, j].astype(np.float64).T
+        if self.residual_batch:
+            y += np.concatenate([arrays["residual"].astype(np.float64)] * (self.batch // self.residual_batch))
+        return y
+
+    def call(self, max_cluster: int) -> CannyConv:
+        """The call, without addresses; max_cluster: how many blocks may share a tile."""
+        return CannyConv(
+            batch=self.batch, height=self.height, width=self.width, channels=self.channels, filters=self.filters,
+            size=self.size, stride=self.stride, residual_batch=self.residual_batch, max_cluster=max_cluster,
+        )  # fmt: skip
+
+
+def conv_on_gpu(library: Any, conv: Conv, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A convolution on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    memory = {**arrays, "y": np.full(conv.out, np.nan, np.float16)}
+    return OnGpu(library.canny_conv, conv.call(library.canny_max_cluster()), memory, lambda y: y)

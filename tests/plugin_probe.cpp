@@ -245,23 +245,40 @@ int main(int, char** arguments) {
     apart.joined = 0;
     Plugin *one = create(attention, joined), *three = create(attention, apart);
     MUST(one && three);
+    // The first input and the output are maps, what lies between are rows.
     auto fits = [&](Plugin* which, DataType type, TensorFormat format, int32_t inputs) {
-        for (int i = 0; i < inputs + 1; i++) describe(i, dims({2, 96, 960}), type, format);
+        describe(0, dims({2, 960, 8, 12}), type, format);
+        for (int i = 1; i < inputs; i++) describe(i, dims({2, 77, 960}), half, linear);
+        describe(inputs, dims({2, 960, 8, 12}), type, format);
         for (int32_t i = 0; i < inputs + 1; i++)
             if (!build_side(*which).supportsFormatCombination(i, tensors.data(), inputs, 1)) return false;
         return true;
     };
-    MUST(fits(one, half, linear, 1) && fits(three, half, linear, 3));
-    MUST(!fits(one, half, linear, 3) && !fits(one, single, linear, 1) && !fits(three, half, last8, 3));
-    describe(0, dims({2, 96, 960}), half, linear);
+    MUST(fits(one, half, last8, 1) && fits(three, half, last8, 3));
+    MUST(!fits(one, half, last8, 3) && !fits(one, single, last8, 1) && !fits(three, half, linear, 3));
+    fits(three, half, last8, 3);
+    describe(2, dims({2, 77, 960}), half, last8);
+    MUST(!build_side(*three).supportsFormatCombination(2, tensors.data(), 3, 1));
+    describe(0, dims({2, 960, 8, 12}), half, last8);
     configure(*one, tensors, true, 1);
-    describe(0, dims({2, 96, 959}), half, linear);
+    describe(0, dims({2, 959, 8, 12}), half, last8);
     configure(*one, tensors, false, 1);
-    describe(0, dims({2, 96, 960}), half, linear);
+    describe(0, dims({2, 960, 96}), half, last8);
+    configure(*one, tensors, false, 1);
+    describe(0, dims({2, 960, 8, 12}), half, last8);
     configure(*three, tensors, false, 3);  // heads of 120
-    for (int i = 0; i < 3; i++) describe(i, dims({2, i ? 77 : 96, 640}), half, linear);
+    auto cross = [&](int32_t queries, int32_t rows, int32_t values) {
+        describe(0, dims({queries, 640, 8, 12}), half, last8);
+        describe(1, dims({rows, 77, 640}), half, linear);
+        describe(2, dims({rows, values, 640}), half, linear);
+    };
+    cross(2, 2, 77);
     configure(*three, tensors, true, 3);
-    describe(2, dims({2, 76, 640}), half, linear);
+    cross(1, 2, 77);
+    configure(*three, tensors, true, 3);
+    cross(2, 3, 77);
+    configure(*three, tensors, false, 3);
+    cross(2, 2, 76);
     configure(*three, tensors, false, 3);
     end(one);
     end(three);
@@ -273,5 +290,36 @@ int main(int, char** arguments) {
     MUST(!create(attention, wrong));
     wrong.fields = given.fields;
     MUST(!create(attention, wrong));
+
+    auto& layer_norm = *static_cast<Creator*>(entry(count)[2]);
+    auto& geglu = *static_cast<Creator*>(entry(count)[3]);
+    MUST(count == 4 && !std::strcmp(layer_norm.getPluginName(), "CannyLayerNorm"));
+    MUST(!std::strcmp(geglu.getPluginName(), "CannyGeglu"));
+    Given fields;
+    fields.fields = {given.fields[0], given.fields[4]};
+    Plugin* norm = create(layer_norm, fields);
+    fields.epsilon = 0.f;
+    fields.fields = {given.fields[0], {"epsilon", &fields.epsilon, PluginFieldType::kFLOAT32, 1}};
+    MUST(norm && !create(layer_norm, fields));
+    fields.fields = {given.fields[0]};
+    Plugin* gate = create(geglu, fields);
+    MUST(gate && !create(layer_norm, fields));
+    for (int i : {0, 3}) describe(i, dims({2, 320, 8, 12}), half, last8);
+    for (int i : {1, 2}) describe(i, dims({320}), single, linear);
+    for (int32_t i = 0; i < 4; i++) MUST(build_side(*norm).supportsFormatCombination(i, tensors.data(), 3, 1));
+    configure(*norm, tensors, true, 3);
+    describe(2, dims({319}), single, linear);
+    configure(*norm, tensors, false, 3);
+    describe(0, dims({2, 4096, 8, 12}), half, last8);
+    configure(*norm, tensors, false, 3);
+    describe(0, dims({2, 320, 8, 12}), half, linear);
+    MUST(!build_side(*norm).supportsFormatCombination(0, tensors.data(), 3, 1));
+    for (int i : {0, 1}) describe(i, dims({2, 320, 8, 12}), half, last8);
+    for (int32_t i = 0; i < 2; i++) MUST(build_side(*gate).supportsFormatCombination(i, tensors.data(), 1, 1));
+    configure(*gate, tensors, true, 1);
+    describe(0, dims({2, 24, 8, 12}), half, last8);
+    configure(*gate, tensors, false, 1);
+    end(norm);
+    end(gate);
     std::printf("all as it must be\n");
 }

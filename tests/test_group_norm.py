@@ -64,7 +64,8 @@ def compile_emulator(
     if compiler is None:
         pytest.skip("there is no g++ to compile the emulator of the kernels with")
     library = folder / "libemulated.so"
-    flags = f"-std=c++17 {optimise} -Wall -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -shared -fPIC".split()
+    flags = f"-std=c++17 {optimise} -fno-strict-aliasing -Wall -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE".split()
+    flags += ["-shared", "-fPIC"]
     include = [f"-I{TESTS}", f"-I{kernels}"]
     command = [compiler, *flags, *include, str(TESTS / source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -20,6 +20,8 @@ from cldm.model import create_model
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed: no network can be defined")
 
+import plugin_stand_ins  # noqa: E402
+
 from trt_builder import stages  # noqa: E402
 from trt_builder.config import ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import get_flavour  # noqa: E402
@@ -207,6 +209,17 @@ def test_half_precision_has_the_same_graph(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["clip", "control", "unet_encoder", "unet_decoder", "vae_decoder"])
 def test_one_switch(stage: str, switch: Mapping[str, Any]) -> None:
     check(stage, "tiny", SMALL, Options("fp32", **switch))
+
+
+@pytest.mark.parametrize("shape", [SMALL, Shape(64, 128, samples=3)], ids=["1", "3"])
+@pytest.mark.parametrize("stage", ["control", "unet_encoder", "unet_decoder", "unet_decoder_cond"])
+def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape) -> None:
+    """What they get and what is done with it, the plugins themselves being spelt out."""
+    added = plugin_stand_ins.use(monkeypatch)
+    check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", conv="own"))
+    blocks = added.count("CannyGeglu")
+    assert blocks and added.count("CannyLayerNorm") == 3 * blocks and added.count("CannyAttention") == 2 * blocks
+    assert added.count("CannyGroupNorm") > blocks and added.count("CannyConv") > blocks
 
 
 def test_switches_change_the_network() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,31 +228,27 @@ def test_the_builder_gives_the_plugin_its_fields(strongly_typed: bool) -> None:
 
 
 def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-attentions are one product of three times the width, cross-attentions three tensors; scaled by 1/√width."""
+    """Self-attentions are one convolution of three times the width, cross-attentions three tensors."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
+    import plugin_stand_ins
+
     flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
-    calls: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []
+    found: Counter[Attention] = Counter()
 
-    def add_own(self: Any, network: Any, plugin: str, inputs: Any, name: str, **fields: Any) -> Any:
-        assert plugin == "CannyAttention"
-        calls.append(([tuple(x.shape) for x in inputs], fields))
-        batch, tokens, channels = inputs[0].shape
-        return network.add_slice(inputs[0], (0, 0, 0), (batch, tokens, channels // (4 - len(inputs))), (1, 1, 1))
+    def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
+        (batch, channels, h, w), keys = q.shape, kv[0].shape[1] if kv else q.shape[2] * q.shape[3]
+        rows, width = kv[0].shape[0] if kv else batch, channels // heads // (3 if joined else 1)
+        found[Attention(rows, heads, h * w, keys, width, bool(joined), rows // batch)] += 1
+        return plugin_stand_ins.attention(network, q, *kv, heads=heads, joined=joined, scale=scale)
 
-    monkeypatch.setattr(Flavour, "has_attention_plugin", lambda self, width, options: True)
-    monkeypatch.setattr(Flavour, "add_own", add_own)
-    network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAttention", attention)
     weights = Weights.from_dict(random_weights(expected_shapes(config), 0))
-    define("unet_encoder", network, flavour, config, weights, shape, Options(attention="own"))
-    weights.release()
-    wanted = [a for a, count in attentions(config, shape).items() for _ in range(count)]
-    assert {len(shapes) for shapes, _ in calls} == {1, 3}
-    for shapes, fields in calls:
-        joined, width = len(shapes) == 1, shapes[0][2] // fields["heads"]
-        batch, tokens, keys = shapes[0][0], shapes[0][1], shapes[-1][1]
-        width //= 3 if joined else 1
-        assert Attention(batch, fields["heads"], tokens, keys, width, joined) in wanted
-        assert fields["joined"] == joined and fields["scale"] == pytest.approx(width**-0.5)
+    for stage in ("control", "unet_encoder", "unet_decoder"):
+        network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
+        define(stage, network, flavour, config, weights, shape, Options("fp32", attention="own"))
+        weights.release()
+    assert found == attentions(config, shape)
 
 
 @pytest.fixture(scope="module", params=["8.6", "10+"])
@@ -287,7 +284,9 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "it has no field colour", "the field epsilon is missing", "its fields are of version 2", "groups is 0",
         "epsilon is nan", "silu is 7", "row is 2", "must be one float, given once", "heads is 0", "joined is 3",
         "scale is -1", "CannyAttention: it has no field groups", "its heads are 120 wide",
-        "k and v must have the shape (2, S, 640)",
+        "k and v must have the shape (a multiple of 2, S, 640)", "must have the shape (B, 3 * heads * width, h, w)",
+        "CannyLayerNorm: epsilon is 0.0", "CannyLayerNorm: the field epsilon is missing", "must have 320 numbers",
+        "it has 4096 channels, at most 2048", "the shape (B, C, h, w), C a multiple of 16",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence
 

@@ -350,11 +350,14 @@ class Options:
     """How the networks are defined; each is a switch so that its gain can be measured.
 
     precision: of weights, feature maps and matrix products; the guidance and the update stay in float32.
-    attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax, "own"
-        the plugin of plugins/ where it serves, else the fused form.
+    attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax; with
+        "own" the UNet's transformers stay channels-last maps, of 1×1 convolutions and the plugins of plugins/ for
+        LayerNorm, attention and GEGLU, where those serve, and elsewhere the fused form.
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
     boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".
+    conv: convolutions of at most 256 positions by TensorRT ("builtin"), or by the plugin of plugins/ that shares their
+        weights among many blocks ("own").
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
         the built-in plugin where it can be had, else the layer.
     """
@@ -364,6 +367,7 @@ class Options:
     qkv: Literal["joined", "apart"] = "joined"
     shared_prefix: bool = True
     boundary: Literal["channels-last", "linear"] = "channels-last"
+    conv: Literal["builtin", "own"] = "builtin"
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
 
     def __post_init__(self) -> None:
@@ -382,4 +386,5 @@ def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "qkv", ("joined", "apart")
     yield "shared_prefix", (True, False)
     yield "boundary", ("channels-last", "linear")
+    yield "conv", ("builtin", "own")
     yield "group_norm", ("auto", "own", "builtin", "native")

@@ -1,7 +1,8 @@
 """The layers of the networks as functions tensor → tensor, over the TensorRT network API.
 
-Shapes are (B, C, h, w) for feature maps and (B, T, C) for tokens, as in the PyTorch blocks of the same names. Weights
-are found by their checkpoint prefix, which is also the layer's name: `net.at("in_layers.2")` is a step down.
+Shapes are (B, C, h, w) for feature maps and (B, T, C) for tokens, as in the PyTorch blocks of the same names; where our
+plugins serve, tokens stay the positions of a map. Weights are found by their checkpoint prefix, which is also the
+layer's name: `net.at("in_layers.2")` is a step down.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import ATTENTION, GROUP_NORM
+from plugins.load import ATTENTION, CONV, GEGLU, GROUP_NORM, LAYER_NORM
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -203,33 +204,78 @@ def match_batch(net: Net, x: trt.ITensor, batch: int) -> trt.ITensor:
 # -- layers with weights ----------------------------------------------------------------------------------------------
 
 
-def conv(net: Net, x: trt.ITensor, stride: int = 1, padding: tuple[int, int] | None = None) -> trt.ITensor:
-    """Convolution; `padding` is (before, after) on both axes, by default what keeps the size at stride 1."""
+def conv(
+    net: Net, x: trt.ITensor, stride: int = 1, padding: tuple[int, int] | None = None,
+    residual: trt.ITensor | None = None,
+) -> trt.ITensor:  # fmt: skip
+    """Convolution; `padding` is (before, after) on both axes, by default what keeps the size at stride 1.
+
+    A residual is added; it may have fewer rows (see `add_residual`).
+    """
     weight, bias = net.weight(), net.weight("bias")
     kernel = weight.shape[2:]
+    if padding is None and takes_own_conv(net, x, stride):
+        return own_conv(net, x, weight.transpose(0, 2, 3, 1), bias, stride, residual)
     layer = net.network.add_convolution_nd(x, weight.shape[0], kernel, weight, bias)
     before, after = padding or (kernel[0] // 2, kernel[0] // 2)
     layer.stride_nd, layer.pre_padding, layer.post_padding = (stride, stride), (before, before), (after, after)
-    return net.add(layer)
+    return add_residual(net, net.add(layer), residual)
 
 
-def linear(net: Net, x: trt.ITensor, parts: Sequence[str] = ()) -> trt.ITensor:
+def takes_own_conv(net: Net, x: trt.ITensor, stride: int = 1) -> bool:
+    """Whether the convolution at this place is our plugin's."""
+    rows = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    return net.flavour.has_conv_plugin(rows, net.weight().shape, stride, net.options)
+
+
+def own_conv(
+    net: Net, x: trt.ITensor, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1,
+    residual: trt.ITensor | None = None, what: str = "",
+) -> trt.ITensor:  # fmt: skip
+    """Convolution by our plugin: weight (D, size, size, C), zeros around the map, the residual added in the kernel."""
+    exact, name = net.float32(), f"{what}." if what else ""
+    w = net.constant(np.ascontiguousarray(weight), weight.shape, f"{name}weight")
+    b = exact.constant(np.zeros(len(weight)) if bias is None else bias, (len(weight),), f"{name}bias")
+    inputs = [x, w, b] if residual is None else [x, w, b, residual]
+    return own(net, CONV, inputs, what, size=weight.shape[1], stride=stride, residual=int(residual is not None))
+
+
+def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor | None) -> trt.ITensor:
+    """y + x, where y may have k·N rows to the N of x: a single one broadcasts."""
+    if x is None:
+        return y
+    return add(net, y, x if x.shape[0] == 1 else match_batch(net, x, y.shape[0]))
+
+
+def linear(
+    net: Net, x: trt.ITensor, parts: Sequence[str] = (), residual: trt.ITensor | None = None
+) -> trt.ITensor:  # fmt: skip
     """x (…, C) → (…, D) by the weight at this place, or by the weights of several places joined along D.
 
-    A matrix product, not a 1×1 convolution: TensorRT fuses it with the attention and the normalisation around it.
+    Of tokens a matrix product, which TensorRT fuses with the attention and the normalisation around it; of a map
+    (B, C, h, w) a 1×1 convolution.
     """
     names = [net.at(part) for part in parts] or [net]
     prefixes = [n.root + ".".join(n.path) for n in names]
     weight = net.weights.cast(tuple(f"{p}.weight" for p in prefixes), net.dtype)  # (D, C)
     lead = [1] * (len(x.shape) - 2)
     what = "+".join(parts)
+    if len(x.shape) == 4:
+        bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype) if names[0].has("bias") else None
+        rows, size = x.shape[0] * x.shape[2] * x.shape[3], (*weight.shape, 1, 1)
+        if net.flavour.has_conv_plugin(rows, size, 1, net.options):
+            return own_conv(net, x, weight[:, None, None], bias, 1, residual, what)
+        return add_residual(
+            net, net.add(net.network.add_convolution_nd(x, size[0], (1, 1), weight, bias), what), residual
+        )
     w = net.constant(weight, [*lead, *weight.shape], f"{what}.weight" if what else "weight")
     matrix = net.api.MatrixOperation
     y = net.add(net.network.add_matrix_multiply(x, matrix.NONE, w, matrix.TRANSPOSE), what)
-    if not names[0].has("bias"):
-        return y
-    bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype)
-    return add(net, y, net.constant(bias, [*lead, 1, len(bias)], f"{what}.bias" if what else "bias"), "add_bias")
+    if names[0].has("bias"):
+        bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype)
+        bias = net.constant(bias, [*lead, 1, len(bias)], f"{what}.bias" if what else "bias")
+        y = add(net, y, bias, "add_bias")
+    return add_residual(net, y, residual)
 
 
 def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
@@ -239,7 +285,11 @@ def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
 
 
 def layer_norm(net: Net, x: trt.ITensor, eps: float = 1e-5) -> trt.ITensor:
-    """LayerNorm over the channels of x (B, T, C)."""
+    """LayerNorm over the channels of tokens (B, T, C), or of a map (B, C, h, w), which our plugin does."""
+    if len(x.shape) == 4:
+        exact = net.float32()
+        scale, bias = (exact.constant(exact.weight(name), (x.shape[1],), name) for name in ("weight", "bias"))
+        return own(net, LAYER_NORM, [x, scale, bias], epsilon=eps)
     scale = net.constant(net.weight(), (1, 1, x.shape[2]), "weight")
     bias = net.constant(net.weight("bias"), (1, 1, x.shape[2]), "bias")
     layer = getattr(net.network, net.flavour.normalization)(x, scale, bias, 1 << 2)
@@ -263,12 +313,11 @@ def group_norm(
         exact = net.float32()
         scale = exact.constant(exact.weight(), (channels,), "weight")
         bias = exact.constant(exact.weight("bias"), (channels,), "bias")
-        name = "/".join(net.path)
         if plugin == "builtin":
+            name = "/".join(net.path)
             return net.add(net.flavour.add_built_in(net.network, [x, scale, bias], name, eps, with_silu))
         inputs = [x, scale, bias] if row is None else [x, scale, bias, row]
-        fields = {"groups": groups, "silu": int(with_silu), "row": int(row is not None), "epsilon": eps}
-        return net.add(net.flavour.add_own(net.network, GROUP_NORM, inputs, name, **fields))
+        return own(net, GROUP_NORM, inputs, groups=groups, silu=int(with_silu), row=int(row is not None), epsilon=eps)
     per_channel = net.flavour.normalization == "add_normalization_v2"
     scale = net.constant(net.weight(), (1, channels, 1, 1), "weight")
     bias = net.constant(net.weight("bias"), (1, channels, 1, 1), "bias")
@@ -280,6 +329,19 @@ def group_norm(
     if not per_channel:
         y = add(net, mul(net, y, scale, "scale"), bias, "shift")
     return silu(net, y) if with_silu else y
+
+
+def geglu_gate(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """a · GELU(b) of x = (a, b) side by side (Shazeer 2020): (B, T, 2·C) → (B, T, C); of a map by our plugin."""
+    if len(x.shape) == 4:
+        return own(net, GEGLU, [x])
+    a, b = chunk(net, x, 2, 2)
+    return mul(net, a, gelu(net, b))
+
+
+def own(net: Net, plugin: str, inputs: Sequence[trt.ITensor], what: str = "", **fields: float) -> trt.ITensor:
+    """One of the plugins of plugins/, with its fields."""
+    return net.add(net.flavour.add_own(net.network, plugin, inputs, "/".join(net.path), **fields), what)
 
 
 def upsample_nearest(net: Net, x: trt.ITensor) -> trt.ITensor:
@@ -295,14 +357,16 @@ def upsample_nearest(net: Net, x: trt.ITensor) -> trt.ITensor:
 def attention(
     net: Net, q: trt.ITensor, k: trt.ITensor, v: trt.ITensor, heads: int, causal: bool = False
 ) -> trt.ITensor:
-    """Multi-head attention of q (B, T, C) over k, v (B, S, C) → (B, T, C), under a causal mask or not.
+    """Multi-head attention of q (B, T, C) over k, v (k·B, S, C) → (k·B, T, C), under a causal mask or not.
 
     Heads may have any width; those of the UNet and of CLIP (40 to 160) become one kernel in half precision, the single
-    head of the autoencoder (512) does not.
+    head of the autoencoder (512) does not. A map q (B, C, h, w) gives a map, by our plugin.
     """
+    if len(q.shape) == 4:
+        scale = (q.shape[1] // heads) ** -0.5
+        return own(net, ATTENTION, [q, k, v], "attention", heads=heads, joined=0, scale=scale)
+    q = match_batch(net, q, k.shape[0])
     tokens, keys, channels = q.shape[1], k.shape[1], q.shape[2]
-    if not causal and net.flavour.has_attention_plugin(channels // heads, net.options):
-        return own_attention(net, [q, k, v], heads)
     q, k, v = (split_heads(net, t, heads, what) for t, what in ((q, "q"), (k, "k"), (v, "v")))  # (B, heads, T, d)
     mask = None
     if causal:
@@ -315,18 +379,11 @@ def attention(
     return reshape(net, y, (y.shape[0], tokens, channels), before=(0, 2, 1, 3), what="merge_heads")
 
 
-def own_attention(net: Net, inputs: Sequence[trt.ITensor], heads: int) -> trt.ITensor:
-    """Attention by our plugin: of q (B, T, C) over k, v (B, S, C), or of all three side by side (B, T, 3·C)."""
-    joined = len(inputs) == 1
-    scale = (inputs[0].shape[2] // (3 if joined else 1) // heads) ** -0.5
-    fields = {"heads": heads, "joined": int(joined), "scale": scale}
-    return net.add(net.flavour.add_own(net.network, ATTENTION, inputs, "/".join(net.path), **fields), "own")
-
-
 def attention_over_itself(net: Net, x: trt.ITensor, heads: int, parts: tuple[str, str, str]) -> trt.ITensor:
-    """Multi-head attention of x (B, T, C) over itself, Q, K and V by the linear layers named."""
-    if net.options.qkv == "joined" and net.flavour.has_attention_plugin(x.shape[2] // heads, net.options):
-        return own_attention(net, [linear(net, x, parts)], heads)
+    """Multi-head attention of x, tokens (B, T, C) or a map, over itself, Q, K and V by the linear layers named."""
+    if len(x.shape) == 4:
+        scale = (x.shape[1] // heads) ** -0.5
+        return own(net, ATTENTION, [linear(net, x, parts)], "attention", heads=heads, joined=1, scale=scale)
     q, k, v = self_qkv(net, x, parts)
     return attention(net, q, k, v, heads)
 

@@ -11,16 +11,14 @@ from trt_builder.layers import (
     add,
     attention,
     attention_over_itself,
-    chunk,
     concat,
     conv,
-    gelu,
+    geglu_gate,
     group_norm,
     layer_norm,
     linear,
-    match_batch,
-    mul,
     reshape,
+    takes_own_conv,
     upsample_nearest,
 )
 
@@ -35,51 +33,56 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     h = group_norm(net.at("in_layers.0"), x, with_silu=True)
     h = conv(net.at("in_layers.2"), h)
     h = group_norm(net.at("out_layers.0"), h, with_silu=True, row=row)
-    h = conv(net.at("out_layers.3"), h)
-    skip = net.at("skip_connection")
+    skip, last = net.at("skip_connection"), net.at("out_layers.3")
+    if takes_own_conv(last, h):
+        return conv(last, h, residual=conv(skip, x) if skip.has("weight") else x)
+    h = conv(last, h)
     return add(net, conv(skip, x) if skip.has("weight") else x, h)
 
 
 def geglu(net: Net, x: trt.ITensor) -> trt.ITensor:
     """Gated linear unit with GELU (Shazeer 2020): (B, T, C) → (B, T, D)."""
-    x, gate = chunk(net, linear(net.at("proj"), x), 2, 2)
-    return mul(net, x, gelu(net, gate))
+    return geglu_gate(net, linear(net.at("proj"), x))
 
 
-def feed_forward(net: Net, x: trt.ITensor) -> trt.ITensor:
+def feed_forward(net: Net, x: trt.ITensor, residual: trt.ITensor) -> trt.ITensor:
     """GEGLU to 4·C, then back: (B, T, C) → (B, T, C)."""
-    return linear(net.at("net.2"), geglu(net.at("net.0"), x))
+    return linear(net.at("net.2"), geglu(net.at("net.0"), x), residual=residual)
 
 
-def self_attention(net: Net, x: trt.ITensor, heads: int) -> trt.ITensor:
+def self_attention(net: Net, x: trt.ITensor, heads: int, residual: trt.ITensor) -> trt.ITensor:
     """Attention of x (B, T, C) over itself."""
-    return linear(net.at("to_out.0"), attention_over_itself(net, x, heads, ("to_q", "to_k", "to_v")))
+    return linear(net.at("to_out.0"), attention_over_itself(net, x, heads, ("to_q", "to_k", "to_v")), residual=residual)
 
 
-def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
+def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int, residual: trt.ITensor) -> trt.ITensor:
     """Attention of x (B, T, C) over the K and V (B, S, C) that the stage `clip` made of the text."""
-    return linear(net.at("to_out.0"), attention(net, linear(net.at("to_q"), x), *kv, heads))
+    return linear(net.at("to_out.0"), attention(net, linear(net.at("to_q"), x), *kv, heads), residual=residual)
 
 
 def transformer_block(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
     """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and a residual: (B, T, C)."""
-    x = add(net, self_attention(net.at("attn1"), layer_norm(net.at("norm1"), x), heads), x, "add1")
+    x = self_attention(net.at("attn1"), layer_norm(net.at("norm1"), x), heads, residual=x)
     # Before the first cross-attention cond and uncond are the same numbers, so x may still be at batch N here.
-    x = match_batch(net, x, kv[0].shape[0])
-    x = add(net, cross_attention(net.at("attn2"), layer_norm(net.at("norm2"), x), kv, heads), x, "add2")
-    return add(net, feed_forward(net.at("ff"), layer_norm(net.at("norm3"), x)), x, "add3")
+    x = cross_attention(net.at("attn2"), layer_norm(net.at("norm2"), x), kv, heads, residual=x)
+    return feed_forward(net.at("ff"), layer_norm(net.at("norm3"), x), residual=x)
 
 
 def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, depth: int) -> trt.ITensor:
-    """Transformer over the h·w positions of a feature map, conditioned on the text: (B, C, h, w) → (B, C, h, w)."""
+    """Transformer over the h·w positions of a feature map, conditioned on the text: (B, C, h, w) → (B, C, h, w).
+
+    Where our plugins serve, the positions of the map are the tokens as they lie in memory, and it stays a map.
+    """
     batch, channels, h, w = x.shape
     y = conv(net.at("proj_in"), group_norm(net.at("norm"), x, eps=1e-6))
-    y = reshape(net, y, (batch, h * w, channels), before=(0, 2, 3, 1), what="to_tokens")
+    maps = net.flavour.has_transformer_plugins(channels // heads, net.options)
+    if not maps:
+        y = reshape(net, y, (batch, h * w, channels), before=(0, 2, 3, 1), what="to_tokens")
     for i in range(depth):
         y = transformer_block(net.at(f"transformer_blocks.{i}"), y, next(kv), heads)
-    y = reshape(net, y, (y.shape[0], h, w, channels), after=(0, 3, 1, 2), what="to_map")
-    y = conv(net.at("proj_out"), y)
-    return add(net, y, match_batch(net, x, y.shape[0]))
+    if not maps:
+        y = reshape(net, y, (y.shape[0], h, w, channels), after=(0, 3, 1, 2), what="to_map")
+    return conv(net.at("proj_out"), y, residual=x)
 
 
 def run_block(

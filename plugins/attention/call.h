@@ -6,11 +6,11 @@
 // y = softmax(q·kᵀ·scale)·v of every head. A token is one row, of which head h has the halves from h·width on; rows lie
 // `*_stride` halves apart, multiples of 8, so that Q, K and V may lie side by side in the output of one matrix product.
 struct CannyAttention {
-    const void* q;  // (B, tokens, heads, width)
+    const void* q;  // (query_batch, tokens, heads, width): batch b has the queries of b % query_batch
     const void* k;  // (B, keys, heads, width)
     const void* v;
-    void* y;  // as q
-    int32_t batch, heads, tokens, keys, width;
+    void* y;  // (B, tokens, heads, width)
+    int32_t batch, query_batch, heads, tokens, keys, width;
     int32_t q_stride, kv_stride, y_stride;
     float scale;
 };

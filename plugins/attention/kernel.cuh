@@ -62,8 +62,8 @@ struct AttentionBlock {
     }
 
     __device__ __forceinline__ void load_queries(uint32_t (&a)[kSteps][4], int32_t first) const {
-        const __half* q =
-            static_cast<const __half*>(p.q) + int64_t(blockIdx.z) * p.tokens * p.q_stride + blockIdx.y * D;
+        int64_t start = int64_t(blockIdx.z % p.query_batch) * p.tokens * p.q_stride + int64_t(blockIdx.y) * D;
+        const __half* q = static_cast<const __half*>(p.q) + start;
 #pragma unroll
         for (int s = 0; s < kSteps; s++)
 #pragma unroll
@@ -210,7 +210,7 @@ bool run_attention(const CannyAttention& call, Launch&& launch) {
 // Do a call with `launch(kernel, grid, threads, bytes of shared memory, call)`; false where its shape has no kernel.
 template <typename Launch>
 bool run_attention(const CannyAttention& call, Launch&& launch) {
-    bool sizes = call.batch > 0 && call.heads > 0 && call.tokens > 0 && call.keys > 0;
+    bool sizes = call.batch > 0 && call.query_batch > 0 && call.heads > 0 && call.tokens > 0 && call.keys > 0;
     if (!sizes || call.batch > 65535 || call.heads > 65535) return false;
     if (call.q_stride % 8 || call.kv_stride % 8 || call.y_stride % 2) return false;
     if (call.width == 40) return run_attention<40>(call, launch);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "../tensorrt/plugin.h"
+#include "../tokens/map.h"
 #include "kernel.h"
 
 namespace canny {
@@ -30,33 +31,39 @@ struct AttentionOp {
         return no_switch("joined", f.joined);
     }
 
-    // q (B, T, C), k and v (B, S, C), or all side by side (B, T, 3·C).
+    // q (B, C, h, w), k and v (k·B, S, C), or all side by side (B, 3·C, h, w); the result is a map like q, of k·B rows.
     static int32_t inputs(const Fields& f) { return f.joined ? 1 : 3; }
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         nvinfer1::DimsExprs y = in[0];
-        if (f.joined) y.d[2] = build.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *y.d[2], *build.constant(3));
+        if (f.joined)
+            y.d[1] = build.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *y.d[1], *build.constant(3));
+        else
+            y.d[0] = in[1].d[0];
         return y;
     }
 
-    static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
+    // Maps are channels-last, which makes their positions tokens in rows; k and v are rows as they are.
+    static bool supports(const Fields& f, int32_t pos, const Tensor* tensors) {
+        if (pos == 0 || pos == inputs(f)) return is_token_map(tensors[pos]);
         return tensors[pos].type == nvinfer1::DataType::kHALF && tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
     }
 
     // What is wrong with the shapes of the inputs; empty where nothing is.
     static std::string shape_fault(const Fields& f, const Tensor* in) {
         const nvinfer1::Dims& q = in[0].dims;
-        int32_t parts = f.joined ? 3 : 1, size = int32_t(q.d[2]);
-        if (q.nbDims != 3 || size % (parts * f.heads))
-            return "its first input must have the shape (B, T, " + std::string(f.joined ? "3 * " : "") +
-                   "heads * width) with " + std::to_string(f.heads) + " heads";
+        int32_t parts = f.joined ? 3 : 1, size = q.nbDims == 4 ? int32_t(q.d[1]) : 0;
+        if (size < 1 || size % (parts * f.heads))
+            return "its first input must have the shape (B, " + std::string(f.joined ? "3 * " : "") +
+                   "heads * width, h, w) with " + std::to_string(f.heads) + " heads";
         int32_t width = size / parts / f.heads;
         if (width != 40 && width != 64 && width != 80 && width != 160)
             return "its heads are " + std::to_string(width) + " wide, but must be 40, 64, 80 or 160";
         for (int32_t i = 1; i < inputs(f); i++) {
-            const nvinfer1::Dims& k = in[i].dims;
-            if (k.nbDims != 3 || k.d[0] != q.d[0] || k.d[1] != in[1].dims.d[1] || k.d[2] != size)
-                return "k and v must have the shape (" + std::to_string(q.d[0]) + ", S, " + std::to_string(size) + ")";
+            const nvinfer1::Dims &k = in[i].dims, &first = in[1].dims;
+            if (k.nbDims != 3 || k.d[0] % q.d[0] || k.d[0] != first.d[0] || k.d[1] != first.d[1] || k.d[2] != size)
+                return "k and v must have the shape (a multiple of " + std::to_string(q.d[0]) + ", S, " +
+                       std::to_string(size) + ")";
         }
         return "";
     }
@@ -67,12 +74,14 @@ struct AttentionOp {
     static int32_t enqueue(
         const Fields& f, int32_t, const Tensor* in, const void* const* from, void* to, void*, cudaStream_t stream
     ) {
+        const nvinfer1::Dims& q = in[0].dims;
         CannyAttention call{};
-        call.batch = int32_t(in[0].dims.d[0]);
+        call.query_batch = int32_t(q.d[0]);
+        call.batch = f.joined ? call.query_batch : int32_t(in[1].dims.d[0]);
         call.heads = f.heads;
-        call.tokens = int32_t(in[0].dims.d[1]);
-        call.keys = int32_t(in[f.joined ? 0 : 1].dims.d[1]);
-        call.q_stride = call.kv_stride = int32_t(in[0].dims.d[2]);
+        call.tokens = int32_t(q.d[2] * q.d[3]);
+        call.keys = f.joined ? call.tokens : int32_t(in[1].dims.d[1]);
+        call.q_stride = call.kv_stride = int32_t(q.d[1]);
         call.y_stride = f.joined ? call.q_stride / 3 : call.q_stride;
         call.width = call.y_stride / f.heads;
         call.scale = f.scale;

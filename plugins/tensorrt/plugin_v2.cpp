@@ -1,6 +1,8 @@
 // The plugins for TensorRT 8.6, each an IPluginV2DynamicExt.
 #include "../attention/op.h"
+#include "../conv/op.h"
 #include "../group_norm/op.h"
+#include "../tokens/op.h"
 
 #if NV_TENSORRT_MAJOR != 8
 #error "plugin_v2.cpp is for TensorRT 8.6; plugin_v3.cpp is for 10 and newer"
@@ -128,7 +130,10 @@ CANNY_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { canny::logg
 CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
     static canny::Creator<canny::GroupNormOp> group_norm;
     static canny::Creator<canny::AttentionOp> attention;
-    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention};
-    count = 2;
+    static canny::Creator<canny::LayerNormOp> layer_norm;
+    static canny::Creator<canny::GegluOp> geglu;
+    static canny::Creator<canny::ConvOp> conv;
+    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &conv};
+    count = 5;
     return creators;
 }

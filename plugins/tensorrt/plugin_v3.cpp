@@ -1,6 +1,8 @@
 // The plugins for TensorRT 10 and newer, each an IPluginV3.
 #include "../attention/op.h"
+#include "../conv/op.h"
 #include "../group_norm/op.h"
+#include "../tokens/op.h"
 
 #if NV_TENSORRT_MAJOR < 10
 #error "plugin_v3.cpp is for TensorRT 10 and newer; plugin_v2.cpp is for 8.6"
@@ -130,7 +132,10 @@ CANNY_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { canny::logg
 CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static canny::Creator<canny::GroupNormOp> group_norm;
     static canny::Creator<canny::AttentionOp> attention;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention};
-    count = 2;
+    static canny::Creator<canny::LayerNormOp> layer_norm;
+    static canny::Creator<canny::GegluOp> geglu;
+    static canny::Creator<canny::ConvOp> conv;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &conv};
+    count = 5;
     return creators;
 }

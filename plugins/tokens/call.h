@@ -1,0 +1,21 @@
+// What lies between the matrix products of a transformer: one call each, over tokens in rows of half precision.
+#pragma once
+
+#include <cstdint>
+
+// y = (x - mean) / sqrt(variance + epsilon) · gamma + beta over the channels of each token (Ba et al. 2016).
+struct CannyLayerNorm {
+    const void* x;  // (tokens, channels), channels a multiple of 8
+    const float* gamma;
+    const float* beta;
+    void* y;  // as x
+    int32_t tokens, channels;
+    float epsilon;
+};
+
+// y = a · GELU(b) of x = (a, b) side by side (Shazeer 2020).
+struct CannyGeglu {
+    const void* x;  // (tokens, 2·channels), channels a multiple of 8
+    void* y;        // (tokens, channels)
+    int32_t tokens, channels;
+};

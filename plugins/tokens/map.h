@@ -1,0 +1,21 @@
+// Tokens as the positions of a channels-last map, which is how convolutions hand them on.
+#pragma once
+
+#include <string>
+
+#include <NvInferRuntime.h>
+
+namespace canny {
+
+// Whether a tensor is a map (B, C, h, w) whose positions are rows of halves in memory: no padding.
+inline bool is_token_map(const nvinfer1::PluginTensorDesc& x) {
+    return x.type == nvinfer1::DataType::kHALF && x.format == nvinfer1::TensorFormat::kHWC8 && x.dims.nbDims == 4;
+}
+
+// What is wrong with the shape of a map of tokens; empty where nothing is.
+inline std::string token_map_fault(const nvinfer1::Dims& x, int32_t parts) {
+    if (x.nbDims == 4 && x.d[1] % (8 * parts) == 0) return "";
+    return "its first input must have the shape (B, C, h, w), C a multiple of " + std::to_string(8 * parts);
+}
+
+}  // namespace canny

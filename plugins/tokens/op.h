@@ -1,0 +1,102 @@
+// The plugins CannyLayerNorm and CannyGeglu, whatever the TensorRT. Tokens are the positions of a channels-last map.
+#pragma once
+
+#include <cmath>
+
+#include "../tensorrt/plugin.h"
+#include "kernel.h"
+#include "map.h"
+
+namespace canny {
+
+struct LayerNormOp {
+    struct Fields {
+        int32_t version = kFieldsVersion;
+        float epsilon = 0.f;
+    };
+    using Tensor = nvinfer1::PluginTensorDesc;
+
+    static constexpr char name[] = "CannyLayerNorm";
+    static constexpr std::array<Field, 2> fields{
+        {{"version", false, offsetof(Fields, version)}, {"epsilon", true, offsetof(Fields, epsilon)}}
+    };
+
+    static std::string fault(const Fields& f) {
+        return f.epsilon > 0.f && std::isfinite(f.epsilon)
+                   ? ""
+                   : "epsilon is " + std::to_string(f.epsilon) + ", but must be positive";
+    }
+
+    static int32_t inputs(const Fields&) { return 3; }  // x, scale, bias
+
+    static nvinfer1::DimsExprs output(const Fields&, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder&) {
+        return in[0];
+    }
+
+    static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
+        if (pos == 0 || pos == 3) return is_token_map(tensors[pos]);
+        return tensors[pos].type == nvinfer1::DataType::kFLOAT &&
+               tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
+    }
+
+    static std::string shape_fault(const Fields&, const Tensor* in) {
+        std::string wrong = token_map_fault(in[0].dims, 1);
+        if (!wrong.empty()) return wrong;
+        if (in[0].dims.d[1] > 2048) return "it has " + std::to_string(in[0].dims.d[1]) + " channels, at most 2048";
+        for (int32_t i = 1; i < 3; i++)
+            if (in[i].dims.nbDims != 1 || in[i].dims.d[0] != in[0].dims.d[1])
+                return "scale and bias must have " + std::to_string(in[0].dims.d[1]) + " numbers";
+        return "";
+    }
+
+    static size_t workspace(const Fields&, const Tensor*) { return 0; }
+
+    // Enqueue the kernel; returns 0 or a cudaError_t.
+    static int32_t enqueue(
+        const Fields& f, int32_t, const Tensor* in, const void* const* from, void* to, void*, cudaStream_t stream
+    ) {
+        const nvinfer1::Dims& x = in[0].dims;
+        CannyLayerNorm call{from[0], static_cast<const float*>(from[1]), static_cast<const float*>(from[2]), to};
+        call.tokens = int32_t(x.d[0] * x.d[2] * x.d[3]);
+        call.channels = int32_t(x.d[1]);
+        call.epsilon = f.epsilon;
+        return canny_layer_norm(&call, stream);
+    }
+};
+
+struct GegluOp {
+    struct Fields {
+        int32_t version = kFieldsVersion;
+    };
+    using Tensor = nvinfer1::PluginTensorDesc;
+
+    static constexpr char name[] = "CannyGeglu";
+    static constexpr std::array<Field, 1> fields{{{"version", false, offsetof(Fields, version)}}};
+
+    static std::string fault(const Fields&) { return ""; }
+
+    static int32_t inputs(const Fields&) { return 1; }  // (B, 2·C, h, w) → (B, C, h, w)
+
+    static nvinfer1::DimsExprs output(const Fields&, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
+        nvinfer1::DimsExprs y = in[0];
+        y.d[1] = build.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *y.d[1], *build.constant(2));
+        return y;
+    }
+
+    static bool supports(const Fields&, int32_t pos, const Tensor* tensors) { return is_token_map(tensors[pos]); }
+
+    static std::string shape_fault(const Fields&, const Tensor* in) { return token_map_fault(in[0].dims, 2); }
+
+    static size_t workspace(const Fields&, const Tensor*) { return 0; }
+
+    // Enqueue the kernel; returns 0 or a cudaError_t.
+    static int32_t enqueue(
+        const Fields&, int32_t, const Tensor* in, const void* const* from, void* to, void*, cudaStream_t stream
+    ) {
+        const nvinfer1::Dims& x = in[0].dims;
+        CannyGeglu call{from[0], to, int32_t(x.d[0] * x.d[2] * x.d[3]), int32_t(x.d[1] / 2)};
+        return canny_geglu(&call, stream);
+    }
+};
+
+}  // namespace canny

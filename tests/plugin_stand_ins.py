@@ -1,0 +1,130 @@
+"""Our plugins spelt out in TensorRT's own layers, to evaluate networks with them where no plugin can be loaded."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx as trt
+
+from plugins.load import ATTENTION, CONV, GEGLU, GROUP_NORM, LAYER_NORM
+from trt_builder.flavour import Flavour
+
+ELEMENT, MATRIX = trt.ElementWiseOperation, trt.MatrixOperation
+
+
+def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let TensorRT-RTX have the plugins; returns the list that takes the name of each that is added."""
+    added: list[str] = []
+
+    def add_own(self: Flavour, network: Any, plugin: str, inputs: Any, name: str, **fields: Any) -> Any:
+        added.append(plugin)
+        return MAKE[plugin](network, *inputs, **fields)
+
+    monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
+    monkeypatch.setattr(Flavour, "has_transformer_plugins", lambda self, width, options: options.attention == "own")
+    # The stand-in needs neither half precision nor multiples of 64.
+    monkeypatch.setattr(
+        Flavour, "has_conv_plugin",
+        lambda self, rows, weight, stride, options: options.conv == "own" and rows < 100 and weight[2] in (1, 3),
+    )  # fmt: skip
+    monkeypatch.setattr(Flavour, "add_own", add_own)
+    return added
+
+
+def out(layer: Any) -> Any:
+    return layer.get_output(0)
+
+
+def shuffled(network: Any, x: Any, first: tuple = (), shape: tuple = (), second: tuple = ()) -> Any:
+    layer = network.add_shuffle(x)
+    for attribute, value in (("first_transpose", first), ("reshape_dims", shape), ("second_transpose", second)):
+        if value:
+            setattr(layer, attribute, value)
+    return layer
+
+
+def part(network: Any, x: Any, i: int, parts: int) -> Any:
+    """Part i of the channels of x (B, C, h, w)."""
+    batch, channels, *size = x.shape
+    size = (batch, channels // parts, *size)
+    return out(network.add_slice(x, (0, i * channels // parts, 0, 0), size, (1, 1, 1, 1)))
+
+
+def norm(network: Any, x: Any, scale: Any, bias: Any, axes: int, shape: tuple, epsilon: float, groups: int = 1) -> Any:
+    scale, bias = (out(shuffled(network, one, shape=shape)) for one in (scale, bias))
+    layer = network.add_normalization_v2(x, scale, bias, axes)
+    layer.epsilon, layer.num_groups = epsilon, groups
+    return layer
+
+
+def group_norm(network: Any, x: Any, scale: Any, bias: Any, *added: Any, groups: int, silu: int, row: int,
+               epsilon: float) -> Any:  # fmt: skip
+    assert len(added) == row
+    channels = x.shape[1]
+    for one in added:
+        x = out(network.add_elementwise(x, out(shuffled(network, one, shape=(-1, channels, 1, 1))), ELEMENT.SUM))
+    layer = norm(network, x, scale, bias, 1 << 2 | 1 << 3, (1, channels, 1, 1), epsilon, groups)
+    gate = network.add_activation(out(layer), trt.ActivationType.SIGMOID)
+    return network.add_elementwise(out(layer), out(gate), ELEMENT.PROD) if silu else layer
+
+
+def layer_norm(network: Any, x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
+    last = out(shuffled(network, x, (0, 2, 3, 1)))
+    made = norm(network, last, scale, bias, 1 << 3, (1, 1, 1, x.shape[1]), epsilon)
+    return shuffled(network, out(made), (0, 3, 1, 2))
+
+
+def geglu(network: Any, x: Any) -> Any:
+    gate = network.add_activation(part(network, x, 1, 2), trt.ActivationType.GELU_ERF)
+    return network.add_elementwise(part(network, x, 0, 2), out(gate), ELEMENT.PROD)
+
+
+def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
+    assert len(kv) == (0 if joined else 2)
+    k, v = [part(network, q, i, 3) for i in (1, 2)] if joined else kv
+    q = part(network, q, 0, 3) if joined else q
+    (_, channels, h, w), rows = q.shape, k.shape[0]
+    assert scale == pytest.approx((channels // heads) ** -0.5)
+    q, k, v = (
+        out(shuffled(network, t, (0, 2, 3, 1) if len(t.shape) == 4 else (), (t.shape[0], -1, heads, channels // heads),
+                     (0, 2, 1, 3)))
+        for t in (q, k, v)
+    )  # fmt: skip
+    repeated = network.add_concatenation([q] * (rows // q.shape[0]))
+    repeated.axis = 0
+    by = out(network.add_constant((1, 1, 1, 1), np.full((1, 1, 1, 1), scale, np.float32)))
+    q = out(network.add_elementwise(out(repeated), by, ELEMENT.PROD))
+    softmax = network.add_softmax(out(network.add_matrix_multiply(q, MATRIX.NONE, k, MATRIX.TRANSPOSE)))
+    softmax.axes = 1 << 3
+    y = out(network.add_matrix_multiply(out(softmax), MATRIX.NONE, v, MATRIX.NONE))
+    y = out(shuffled(network, y, (0, 2, 1, 3), (rows, h, w, channels)))
+    return shuffled(network, y, (0, 3, 1, 2))
+
+
+HELD: list[Any] = []  # TensorRT keeps no weights itself
+
+
+def numbers(network: Any, constant: Any) -> np.ndarray:
+    """What a constant holds."""
+    for i in reversed(range(network.num_layers)):
+        layer = network.get_layer(i)
+        if layer.get_output(0).name == constant.name:
+            layer.__class__ = trt.IConstantLayer
+            return np.array(layer.weights).reshape(tuple(layer.shape))
+    raise AssertionError(f"{constant.name} is no constant")
+
+
+def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int) -> Any:
+    assert len(rest) == residual and weight.shape[1:3] == (size, size)
+    kernel = np.ascontiguousarray(numbers(network, weight).transpose(0, 3, 1, 2))
+    HELD.append((kernel, numbers(network, bias)))
+    layer = network.add_convolution_nd(x, weight.shape[0], (size, size), *HELD[-1])
+    layer.stride_nd, layer.padding_nd = (stride, stride), (size // 2, size // 2)
+    if not residual:
+        return layer
+    repeated = network.add_concatenation([rest[0]] * (x.shape[0] // rest[0].shape[0]))
+    repeated.axis = 0
+    return network.add_elementwise(out(layer), out(repeated), ELEMENT.SUM)
+
+
+MAKE = {CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu, ATTENTION: attention}

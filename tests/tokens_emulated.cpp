@@ -1,0 +1,32 @@
+// The kernels of plugins/tokens, as they are written, on a CPU.
+#define EMULATE_CUDA
+#include <cstdio>
+
+#include "kernel.cuh"
+
+namespace {
+
+template <typename Call, typename Run>
+int emulate(const Call& call, int order, Run run) {
+    try {
+        bool done = run(call, [&](auto kernel, dim3 grid, int threads, const Call& p) {
+            emulator::launch<const Call>(kernel, grid, 1, threads, 0, p, order);
+            return true;
+        });
+        return done ? 0 : 1;
+    } catch (const std::exception& error) {
+        fprintf(stderr, "%s\n", error.what());
+        return 2;
+    }
+}
+
+}  // namespace
+
+// Do one call; 0, 1 where there is no kernel for it, 2 for what the emulator found wrong.
+extern "C" int canny_layer_norm(const CannyLayerNorm* call, int order) {
+    return emulate(*call, order, [](auto&&... given) { return canny::run_layer_norm(given...); });
+}
+
+extern "C" int canny_geglu(const CannyGeglu* call, int order) {
+    return emulate(*call, order, [](auto&&... given) { return canny::run_geglu(given...); });
+}
