@@ -273,6 +273,7 @@ def test_everything_as_json(run, engines, tmp_path):
 def test_one_stage_tells_where_its_attentions_are(run, engines):
     status, out, _ = run(engines, "--stage", "unet_encoder")
     assert status == 0 and f"attn1:softmax  in {E_REGION}" in out and "2 in regions" in out
+    assert "PluginV2 GroupNorm" in out
     assert out.index("x  2×4×8×8") < out.index("8 layers") < out.index("µs by kind") and "unet_decoder" not in out
 
 

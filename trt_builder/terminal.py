@@ -166,7 +166,7 @@ def layer_table(stage: str, layers: Sequence[Layer], times: Mapping[str, float])
     for layer in layers:
         out = layer.outputs[0] if layer.outputs else None
         size = f"{'×'.join(map(str, out.shape))} {out.dtype.lower()}" if out else ""
-        cells = [layer.name, layer.type, layer.tactic, size]
+        cells = [layer.name, f"{layer.type} {layer.plugin}".rstrip(), layer.tactic, size]
         made.add_row(*map(escape, cells), *([f"{1000 * times.get(layer.name, 0.0):.1f}"] if times else []))
     return made
 
