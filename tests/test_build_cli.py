@@ -308,7 +308,7 @@ def test_the_gpu_here_is_the_target(monkeypatch):
 
 def test_inspect_without_a_gpu_shows_what_the_build_wrote_down(run, engines, monkeypatch):
     monkeypatch.setattr(cli, "gpu", lambda: None)
-    status, out, _ = run("inspect", engines)
+    status, out, _ = run("inspect", engines, "--bindings")
     assert status == 0 and "NVIDIA GPU only" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) > 1}
     assert set(USUAL) <= set(rows)

@@ -20,13 +20,14 @@ def test_the_inspector_of_tensorrt_8_is_understood():
          "Outputs": [{"Name": "y", "Dimensions": [2, 4, 8, 8],
                       "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}]},
         {"Name": "_gemm_mha_v2_myl0_3", "LayerType": "kgen", "Inputs": [], "Outputs": []},
-        "{ForeignNode[attn1/scores...attn1/values]}",
+        "{ForeignNode[attn1:scores...attn1:values]}",
         "named only",
     ]})  # fmt: skip
     layers = inspected_layers(text)
     assert [x.fp32_convolution for x in layers] == [True, False, False, False, False]
     assert [x.reformat for x in layers] == [False, True, False, False, False]
-    assert [x.attention for x in layers] == [False, False, True, True, False]
+    assert [x.attention for x in layers] == [False, False, True, False, False]
+    assert [x.region for x in layers] == [False, False, False, True, False]
     assert layers[1].outputs[0].dtype == "HALF" and layers[0].tactic == "sm80_f32"
     assert inspected_layers("{}") == []
 

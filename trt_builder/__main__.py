@@ -28,16 +28,19 @@ from trt_builder import verify as verifying
 from trt_builder.build import BuildError, Built, Request
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
-from trt_builder.inspect import Report, inspected_layers, read_report
+from trt_builder.inspect import Report, inspected_layers, profile, read_report, save_profile
 from trt_builder.random_weights import identity, random_weights, write_random_weights
 from trt_builder.stages import STAGES, USUAL
 from trt_builder.terminal import (
     ERRORS,
     Bar,
+    attentions_text,
     build_table,
     inspect_table,
+    kinds_table,
     layer_table,
     output,
+    slowest_table,
     tensors_text,
     timings_table,
     verify_table,
@@ -46,6 +49,9 @@ from trt_builder.weights import Weights, expected_shapes
 
 SIZES = {"tiny": (128, 128)}
 USUAL_SIZE = (256, 384)
+
+INSPECT = """Show what is inside the engines of a folder and, where they run here, how long every layer takes. Layers
+are timed one after the other, which takes longer in all than the engine does: see verify --time."""
 
 TWO_INTERPRETERS = """Compare the engines of a folder with PyTorch, output by output, on the same random inputs.
 
@@ -78,9 +84,14 @@ def parser() -> Parser:
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
-    add = commands.add_parser("inspect", help="what is inside the engines", allow_abbrev=False).add_argument
+    add = commands.add_parser(
+        "inspect", help="what is inside the engines", description=INSPECT, allow_abbrev=False
+    ).add_argument
     add("folder", type=Path, help="an engine folder")
-    add("--stage", choices=STAGES, help="list this stage's layers")
+    add("--stage", choices=STAGES, help="this stage alone: its inputs, outputs, attentions and layers")
+    add("--bindings", action="store_true", help="list the inputs and outputs of every stage, too")
+    add("--slowest", type=int, metavar="N", help="list the N layers that take the longest")
+    add("--json", type=Path, metavar="FILE", help="write every layer with its time")
 
     verify = commands.add_parser(
         "verify", help="compare the engines with PyTorch", description=TWO_INTERPRETERS, allow_abbrev=False,
@@ -255,12 +266,16 @@ def inspect(options: argparse.Namespace) -> int:
     manifest, console = Manifest.load(options.folder), output()
     if options.stage and options.stage not in manifest.stages:
         manifest.plan_bytes(options.stage)  # says what to run
+    if options.slowest is not None and options.slowest < 1:
+        raise BuildError(f"--slowest is {options.slowest}, but the least is 1.")
     stages = [options.stage] if options.stage else list(manifest.stages)
     reports: dict[str, Report | None] = {stage: read_report(options.folder, stage) for stage in manifest.stages}
     times: dict[str, dict[str, float]] = {}
     try:
         flavour = ready(manifest)
     except ValueError as error:
+        if options.slowest or options.json:
+            raise
         console.print(f"No times, only what the build wrote down: {sentence(error)}", markup=False, soft_wrap=True)
     else:
         for stage in stages:
@@ -269,18 +284,27 @@ def inspect(options: argparse.Namespace) -> int:
                 report = reports[stage]
                 if report and not report.layers:
                     reports[stage] = replace(report, layers=inspected_layers(engine.layers_json()))
+    timed = profile(reports, times)
+    if options.json:
+        here = gpu()
+        save_profile(options.json, manifest, here.name if here else "", timed)
+    for stage in stages if options.stage or options.bindings else []:
+        report = reports[stage]
+        if report is not None:
+            console.print(tensors_text(stage, report), markup=False, soft_wrap=True)
     if options.stage:
         report = reports[options.stage]
         if report is None:
             what = f"the build left no list of the layers of {options.stage}"
             raise EngineError(f"{what}: delete {manifest.plan_path(options.stage)} and build again.")
-        console.print(tensors_text(options.stage, report), markup=False, soft_wrap=True)
+        console.print(attentions_text(report), markup=False, soft_wrap=True)
         console.print(layer_table(options.stage, report.layers, times.get(options.stage, {})))
-        return 0
-    console.print(inspect_table(manifest, reports, times))
-    for stage, report in reports.items():
-        if report:
-            console.print(tensors_text(stage, report), markup=False, soft_wrap=True)
+    else:
+        console.print(inspect_table(manifest, reports))
+    if times:
+        console.print(kinds_table(timed))
+    if options.slowest:
+        console.print(slowest_table(timed, options.slowest))
     return 0
 
 

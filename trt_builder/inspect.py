@@ -1,26 +1,36 @@
-"""What is inside an engine: its inputs and outputs, layers and tactics, and what went wrong in them.
+"""What is inside an engine: its inputs and outputs, layers and tactics, and what became of its attentions.
 
 A build writes <stage>.layers.json beside the plan. TensorRT tells its layers through the engine inspector, which wants
-the GPU; TensorRT-RTX, which builds without one, tells them in its verbose log.
+the GPU; TensorRT-RTX, which builds without one, tells them in its verbose log. TensorRT 8.6 compiles parts of a network
+into regions, of which it tells two layers at the ends and nothing else; what lies in between the network tells.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from runtime.manifest import EngineError, write_whole
+from plugins.load import ATTENTION as OWN_ATTENTION
+from runtime.manifest import EngineError, Manifest, write_whole
 from trt_builder.flavour import Flavour
 
-# TensorRT 8.6 names what it fuses after its layers, {ForeignNode[first...last]}; the plain form has one named softmax.
-ATTENTION = re.compile(r"mha|flash|sdpa|fused_?attention|ForeignNode.*/(softmax|scores|values)", re.IGNORECASE)
+ATTENTION = re.compile(r"mha|flash|sdpa|fused_?attention", re.IGNORECASE)
 CONVOLUTION = re.compile(r"conv|correlation", re.IGNORECASE)
-REFORMAT = re.compile(r"^(reformat|noop|memcpy)", re.IGNORECASE)
+GEMM = re.compile(r"gemm|matrix_?multiply", re.IGNORECASE)  # 1×1 convolutions that run as one, too
+POINTWISE = re.compile(r"pointwise|elementwise|^scale|activation|unary", re.IGNORECASE)
+GENERATED = re.compile(r"kgen|runtime_fusion")  # for several operations, by TensorRT-RTX and TensorRT 10
+REFORMAT = re.compile(r"^(myelin)?reformat|^noop|^memcpy", re.IGNORECASE)
+# TensorRT 8.6's name of a compiled region; "first" and "last" are not the network's order of layers.
+REGION = re.compile(r"\{ForeignNode\[(?P<first>.+?)(?:\.\.\.(?P<last>.+))?\]\}")
+JOINED = re.compile(
+    r" \+ | \|\| |, |PWN\(|\)"
+)  # between the names of the network's layers in that of an engine's layer
 # TensorRT-RTX names a generated kernel after its operations: these only move or cast numbers.
 MOVES = re.compile(r"^__myl_((Tran|Move|Cast|Copy|Resh|Repl|Slic|Conc)+)_", re.IGNORECASE)
 LOGGED_TENSOR = re.compile(
@@ -57,12 +67,29 @@ class Layer:
     tactic: str = ""
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    plugin: str = ""
 
     @property
     def attention(self) -> bool:
-        """Whether this is a fused attention kernel."""
-        words = f"{self.tactic} {self.type} {self.name if self.name.startswith(('_', '{')) else ''}"
-        return bool(ATTENTION.search(words))
+        """Whether this is an attention in one kernel, TensorRT's or our plugin's."""
+        words = f"{self.tactic} {self.type} {self.name if self.name.startswith('_') else ''}"
+        return self.plugin == OWN_ATTENTION or bool(ATTENTION.search(words))
+
+    @property
+    def region(self) -> bool:
+        """Whether this is a part of the network that TensorRT 8.6 compiled as a whole."""
+        return bool(REGION.fullmatch(self.name))
+
+    @property
+    def kind(self) -> str:
+        """What its time counts as: a plugin's type, "region", "reformat", "attention", "gemm", "convolution", … ."""
+        if self.plugin:
+            return self.plugin
+        for kind in ("region", "reformat", "attention"):
+            if getattr(self, kind):
+                return kind
+        patterns = {"gemm": GEMM, "convolution": CONVOLUTION, "pointwise": POINTWISE, "generated": GENERATED}
+        return next((kind for kind, pattern in patterns.items() if pattern.search(self.type)), "other")
 
     @property
     def reformat(self) -> bool:
@@ -76,18 +103,47 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Node:
+    """A layer of a network as it was defined: its type in TensorRT's words, its plugin's, and its tensors' names."""
+
+    name: str
+    type: str
+    plugin: str
+    inputs: list[str]
+    outputs: list[str]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention of a network, by its softmax's or its plugin's name, and the compiled region that it is part of."""
+
+    name: str
+    region: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a build knows of one engine; `attentions` counts the attentions that its network holds."""
+    """What a build knows of one engine."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
     layers: list[Layer]
-    softmaxes: int
+    attentions: list[Attention]
 
     @property
     def fused(self) -> int:
-        """How many fused attention kernels there are."""
+        """How many attentions are one kernel."""
         return sum(layer.attention for layer in self.layers)
+
+    @property
+    def in_regions(self) -> int:
+        """How many attentions are part of a compiled region; whether one kernel does them in there is not told."""
+        return sum(bool(attention.region) for attention in self.attentions)
+
+    @property
+    def spelt_out(self) -> int:
+        """How many attentions are layer by layer in the engine: what is neither one kernel nor in a region."""
+        return len(self.attentions) - self.fused - self.in_regions
 
     @property
     def reformats(self) -> int:
@@ -100,16 +156,25 @@ class Report:
         return sum(layer.fp32_convolution for layer in self.layers)
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A layer of a stage and its mean milliseconds."""
+
+    stage: str
+    layer: Layer
+    ms: float
+
+
 def write_report(folder: Path, stage: str, network: Any, flavour: Flavour, logger: Any, plan: Any, logged: str) -> None:
     """Write <stage>.layers.json for a plan that was just built; `logged` is TensorRT-RTX's list of its layers."""
     formats = flavour.trt.TensorFormat.__members__
     inputs = [bound(network.get_input(i), formats) for i in range(network.num_inputs)]
     outputs = [bound(network.get_output(i), formats) for i in range(network.num_outputs)]
     layers = logged_layers(logged) if logged else inspected_layers(engine_json(flavour, logger, plan))
-    kinds = [network.get_layer(i).type.name for i in range(network.num_layers)]
-    # A fused attention layer of the network is three layers to this list: its input, output and the attention itself.
-    softmaxes = kinds.count("SOFTMAX") + kinds.count("ATTENTION_OUTPUT")
-    report = Report(inputs, outputs, layers, softmaxes)
+    nodes = [node(network.get_layer(i), flavour.trt) for i in range(network.num_layers)]
+    plugins = {n.name: n.plugin for n in nodes if n.plugin}
+    layers = [replace(x, plugin=plugins.get(x.name, "")) for x in layers]
+    report = Report(inputs, outputs, layers, attentions(nodes, layers))
     write_whole(report_path(folder, stage), (json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -123,7 +188,7 @@ def read_report(folder: Path, stage: str) -> Report | None:
             Layer(**{**one, **{key: [Tensor(**t) for t in one[key]] for key in ("inputs", "outputs")}})
             for one in content["layers"]
         ]
-        return Report(**tensors, layers=layers, softmaxes=int(content["softmaxes"]))
+        return Report(**tensors, layers=layers, attentions=[Attention(**one) for one in content["attentions"]])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -142,6 +207,76 @@ def bound(tensor: Any, formats: Mapping[str, Any]) -> Tensor:
     return Tensor(tensor.name, list(tensor.shape), tensor.dtype.name, which)
 
 
+def node(layer: Any, trt: Any) -> Node:
+    """A layer of a network."""
+    inputs, outputs = (
+        [tensor.name for tensor in map(get, range(count)) if tensor is not None]
+        for get, count in ((layer.get_input, layer.num_inputs), (layer.get_output, layer.num_outputs))
+    )
+    name, kind, plugin = layer.name, layer.type.name, ""
+    if kind == "PLUGIN_V2":
+        layer.__class__ = trt.IPluginV2Layer  # a network gives bare layers, and the bindings downcast like this
+        plugin = layer.plugin.plugin_type
+    elif kind == "PLUGIN_V3":
+        layer.__class__ = trt.IPluginV3Layer
+        plugin = layer.plugin.get_capability_interface(trt.PluginCapabilityType.CORE).plugin_name
+    return Node(name, kind, plugin, inputs, outputs)
+
+
+def attentions(nodes: Sequence[Node], layers: Sequence[Layer]) -> list[Attention]:
+    """The attentions of a network, and where an engine of these layers has them."""
+    regions = compiled(nodes, layers)
+    # A fused attention layer of the network is three layers to this list: its input, output and the attention itself.
+    found = [n.name for n in nodes if n.type in ("SOFTMAX", "ATTENTION_OUTPUT") or n.plugin == OWN_ATTENTION]
+    return [Attention(name, regions.get(name, "")) for name in found]
+
+
+def compiled(nodes: Sequence[Node], layers: Sequence[Layer]) -> dict[str, str]:
+    """The compiled region of each layer of the network that lies in one.
+
+    A region holds what its two ends are connected with through layers that the engine names nowhere else: those that
+    lie between the ends in the network's order are other ones, as TensorRT counts in an order of its own.
+    """
+    apart = {name for layer in layers if not layer.region for name in JOINED.split(layer.name)}
+    by_name, members = {n.name: n for n in nodes}, dict[str, str]()
+    makers = {tensor: n for n in nodes for tensor in n.outputs}
+    beside: dict[str, list[Node]] = defaultdict(list)
+    for n in nodes:
+        for maker in (makers[tensor] for tensor in n.inputs if tensor in makers):
+            beside[maker.name].append(n)
+            beside[n.name].append(maker)
+    for layer in layers:
+        found = REGION.fullmatch(layer.name)
+        waiting = [by_name[end] for end in (found.groups() if found else ()) if end in by_name]
+        while waiting:
+            n = waiting.pop()
+            if n.name not in apart and n.name not in members:
+                members[n.name] = layer.name
+                waiting += beside[n.name]
+    return members
+
+
+def profile(reports: Mapping[str, Report | None], times: Mapping[str, Mapping[str, float]]) -> list[Timed]:
+    """Every layer that was timed, stage by stage; `times` are mean milliseconds by layer, by stage."""
+    timed = []
+    for stage, by_layer in times.items():
+        report = reports[stage]
+        known = {layer.name: layer for layer in report.layers} if report else {}
+        timed += [Timed(stage, known.get(name, Layer(name, "")), ms) for name, ms in by_layer.items()]
+    return timed
+
+
+def save_profile(path: Path, manifest: Manifest, gpu: str, timed: Iterable[Timed]) -> None:
+    """Write every layer that was timed as JSON, in the order in which it ran; raises OSError."""
+    m, stages = manifest, dict[str, list[dict[str, Any]]]()
+    for one in timed:
+        line = {**asdict(one.layer), "kind": one.layer.kind, "mean_ms": one.ms}
+        stages.setdefault(one.stage, []).append(line)
+    content = {"gpu": gpu, "flavour": m.flavour, "version": m.version, "model": m.model, "weights": m.weights,
+               "shape": m.shape, "options": m.options, "stages": stages}  # fmt: skip
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
 def engine_json(flavour: Flavour, logger: Any, plan: Any) -> str:
     """The engine inspector's account of a plan; it needs the GPU that the plan is for, or the account has no layers."""
     runtime = flavour.trt.Runtime(logger)
@@ -158,11 +293,11 @@ def inspected_layers(text: str) -> list[Layer]:
         if isinstance(one, str):
             layers.append(Layer(one, ""))
             continue
-        tensors = {key: [inspected_tensor(t) for t in one.get(key.capitalize(), [])] for key in ("inputs", "outputs")}
+        inputs, outputs = ([inspected_tensor(t) for t in one.get(key, [])] for key in ("Inputs", "Outputs"))
         kind = str(one.get("LayerType", ""))
         if one.get("ParameterType") == "Convolution":
             kind = f"{kind} Convolution" if not CONVOLUTION.search(kind) else kind
-        layers.append(Layer(str(one["Name"]), kind, str(one.get("TacticName", "")), **tensors))
+        layers.append(Layer(str(one["Name"]), kind, str(one.get("TacticName", "")), inputs, outputs))
     return layers
 
 
@@ -181,8 +316,8 @@ def logged_layers(text: str) -> list[Layer]:
     for line in text.splitlines():
         found = LOGGED_LAYER.match(line)
         if found:
-            tensors = {key: logged_tensors(found[key]) for key in ("inputs", "outputs")}
-            layers.append(Layer(found["name"], found["type"], found["tactic"] or "", **tensors))
+            inputs, outputs = logged_tensors(found["inputs"]), logged_tensors(found["outputs"])
+            layers.append(Layer(found["name"], found["type"], found["tactic"] or "", inputs, outputs))
     return layers
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.table import Table
 from runtime.manifest import Manifest
 from runtime.steps import STEP
 from trt_builder.build import Built, Show
-from trt_builder.inspect import Layer, Report, condensed
+from trt_builder.inspect import Layer, Report, Timed, condensed
 from trt_builder.verify import Comparison
 
 ERRORS = Console(stderr=True)
@@ -86,28 +88,60 @@ def build_table(manifest: Manifest, rows: Sequence[Built]) -> Table:
     return made
 
 
-def inspect_table(
-    manifest: Manifest, reports: Mapping[str, Report | None], times: Mapping[str, Mapping[str, float]]
-) -> Table:
-    """One row a stage; times are milliseconds by layer, by stage."""
-    columns = ["stage", "plan", "layers", "attention", "fused", "reformats", "fp32 convs"]
-    made = table(heading(manifest), *columns, *(["ms", "in reformats"] if times else []))
+def inspect_table(manifest: Manifest, reports: Mapping[str, Report | None]) -> Table:
+    """One row a stage: its attentions, by what became of them, and layers that should not be many."""
+    columns = ["attention", "one kernel", "in regions", "spelt out", "reformats", "fp32 convs"]
+    made = table(heading(manifest), "stage", "plan", "layers", *columns)
     for stage, plan in manifest.stages.items():
         report = reports[stage]
         cells = [stage, show_size(plan.bytes)]
         if report is None:
-            cells += ["not recorded"] + [""] * 4
+            cells += ["not recorded"]
+        elif not report.layers:
+            cells += ["unknown", str(len(report.attentions))]
         else:
-            layers = report.layers
-            counts = [report.softmaxes, report.fused, report.reformats, report.fp32_convolutions]
-            cells += [str(len(layers)) if layers else "unknown", *(str(n) if layers else "" for n in counts)]
-        if stage in times:
-            total = sum(times[stage].values())
-            moved = {x.name for x in report.layers if x.reformat} if report else set()
-            share = sum(ms for name, ms in times[stage].items() if name in moved) / total if total else 0.0
-            cells += [f"{total:.3f}", f"{share:.0%}"]
+            attentions = [len(report.attentions), report.fused, report.in_regions, report.spelt_out]
+            cells += map(str, [len(report.layers), *attentions, report.reformats, report.fp32_convolutions])
         made.add_row(*cells)
     return made
+
+
+def kinds_table(timed: Sequence[Timed]) -> Table:
+    """Microseconds by kind of layer, one row a stage; the kinds that take the most come first."""
+    by_kind, by_stage = defaultdict[str, float](float), dict[str, defaultdict[str, float]]()
+    for one in timed:
+        by_kind[one.layer.kind] += one.ms
+        by_stage.setdefault(one.stage, defaultdict(float))[one.layer.kind] += one.ms
+    kinds = sorted((kind for kind, ms in by_kind.items() if ms), key=lambda kind: -by_kind[kind])
+    made = table("µs by kind of layer, each timed by itself", "stage", "all", *kinds)
+    for stage, times in by_stage.items():
+        made.add_row(stage, *(micro(ms) for ms in (sum(times.values()), *(times[kind] for kind in kinds))))
+    if all(stage in by_stage for stage in STEP):
+        sums = [sum(by_stage[stage][kind] for stage in STEP) for kind in kinds]
+        made.add_section()
+        made.add_row("one step", *(micro(ms) for ms in (sum(sums), *sums)))
+    return made
+
+
+def slowest_table(timed: Sequence[Timed], count: int) -> Table:
+    """The layers that take the longest, of all stages."""
+    slowest = sorted(timed, key=lambda one: -one.ms)[:count]
+    made = table(f"the {len(slowest)} slowest layers", "stage", "layer", "kind", "tactic", "µs",
+                 left=["layer", "kind", "tactic"])  # fmt: skip
+    for one in slowest:
+        name = one.layer.name.replace(f"{one.stage}/", "").replace(f"{one.stage}:", ":")
+        made.add_row(*map(escape, (one.stage, name, one.layer.kind, short(one.layer.tactic))), micro(one.ms))
+    return made
+
+
+def micro(ms: float) -> str:
+    """Milliseconds as microseconds; nothing for nothing."""
+    return f"{1000 * ms:.1f}" if ms else ""
+
+
+def short(tactic: str) -> str:
+    """The part of a kernel's name that tells it from others: without types, layouts and warps."""
+    return re.sub(r"_(bf16|tf32|[fi]\d+)\w*?(?=_tilesize)|_warp.*", "", tactic)[:60]
 
 
 def tensors_text(stage: str, report: Report) -> str:
@@ -118,6 +152,13 @@ def tensors_text(stage: str, report: Report) -> str:
     return "\n".join(lines)
 
 
+def attentions_text(report: Report) -> str:
+    """The attentions of a stage by what became of them, and of each that lies in a compiled region, in which."""
+    counts = f"{report.fused} one kernel, {report.in_regions} in regions, {report.spelt_out} spelt out"
+    lines = [f"  {len(report.attentions)} attentions: {counts}"]
+    return "\n".join(lines + [f"    {x.name}  in {x.region}" for x in report.attentions if x.region])
+
+
 def layer_table(stage: str, layers: Sequence[Layer], times: Mapping[str, float]) -> Table:
     """Every layer of a stage with its tactic and, where it was timed, its share."""
     made = table(f"{stage}: {len(layers)} layers", "layer", "type", "tactic", "out", *(["µs"] if times else []),
@@ -125,7 +166,7 @@ def layer_table(stage: str, layers: Sequence[Layer], times: Mapping[str, float])
     for layer in layers:
         out = layer.outputs[0] if layer.outputs else None
         size = f"{'×'.join(map(str, out.shape))} {out.dtype.lower()}" if out else ""
-        cells = [layer.name, layer.type, layer.tactic, size]
+        cells = [layer.name, f"{layer.type} {layer.plugin}".rstrip(), layer.tactic, size]
         made.add_row(*map(escape, cells), *([f"{1000 * times.get(layer.name, 0.0):.1f}"] if times else []))
     return made
 
