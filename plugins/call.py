@@ -222,6 +222,7 @@ class CannyAttention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "heads", "tokens", "keys", "width")),
         *((name, ctypes.c_int32) for name in ("q_stride", "kv_stride", "y_stride")),
         ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("warps", "groups")),
     ]
 
 
@@ -230,6 +231,7 @@ class Attention:
     """One attention of q (B, T, C) over k, v (B, S, C), C = heads·width, in half precision.
 
     joined: Q, K and V lie side by side in one array (B, T, 3·C), as one matrix product makes them; then S is T.
+    warps, groups: how a block is cut; 0 leaves it to the kernel.
     """
 
     batch: int
@@ -238,6 +240,8 @@ class Attention:
     keys: int
     width: int
     joined: bool = False
+    warps: int = 0
+    groups: int = 0
 
     @property
     def channels(self) -> int:
@@ -283,7 +287,7 @@ class Attention:
         stride = self.channels * (3 if self.joined else 1)
         return CannyAttention(
             batch=self.batch, heads=self.heads, tokens=self.tokens, keys=self.keys, width=self.width, q_stride=stride,
-            kv_stride=stride, y_stride=self.channels, scale=self.width**-0.5,
+            kv_stride=stride, y_stride=self.channels, scale=self.width**-0.5, warps=self.warps, groups=self.groups,
         )  # fmt: skip
 
     def place(self, call: CannyAttention) -> None:
