@@ -60,7 +60,7 @@ struct Block {
     dim3 index;
     Barrier barrier;
     std::vector<Barrier> warps;
-    std::array<Barrier, 16> groups;  // by the number of the barrier
+    std::array<Barrier, 15> groups;
     std::vector<float> exchange;                     // of shuffles
     std::vector<const __half*> rows;                 // of matrices to be loaded
     std::vector<std::array<uint32_t, 6>> fragments;  // of matrices to be multiplied
@@ -279,8 +279,10 @@ inline float unpack(uint32_t packed, int which) {
     return float(both[which]);
 }
 
-inline void group_sync(int32_t group, int32_t threads) {
-    emulator::Barrier& barrier = emulator::current->block->groups[group + 1];
+template <int kGroups>
+void group_sync(int32_t group, int32_t threads) {
+    if (group >= kGroups) return;
+    emulator::Barrier& barrier = emulator::current->block->groups[group];
     barrier.size = threads;
     emulator::meet(barrier);
 }

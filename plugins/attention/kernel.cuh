@@ -20,7 +20,9 @@ constexpr uint32_t kOnes = 0x3c003c00u;  // two halves
 // Elements from one row to the next in shared memory: no bank conflicts, of halves in load_matrices, of floats in merge.
 constexpr int32_t row_pitch(int32_t width) { return width % 16 ? width : width + 8; }
 constexpr int32_t ceil_div(int64_t n, int64_t d) { return int32_t((n + d - 1) / d); }
-constexpr int32_t most_threads(int32_t width) { return width == 160 ? 256 : 384; }  // of a block: 255, 168 registers
+// Of a block. So each thread has 255 or 168 registers.
+constexpr int32_t most_threads(int32_t width) { return width == 160 ? 256 : 384; }
+__host__ __device__ constexpr int32_t most_groups(int32_t width, int32_t keys) { return keys == 80 ? 1 : width == 160 ? 6 : 4; }
 
 // One warp and its group's shared memory.
 template <int D, int kKeys, int kRows>
@@ -29,7 +31,7 @@ struct AttentionBlock {
     using Queries = uint32_t[kRows][D / 4];
     using Scores = float[kRows][kTiles][4];
     using Sums = float[kRows][kWide + 1][4];  // of values, and in the last 8 columns of the weights themselves
-    using Most = float[kRows][2];             // of rows `row` and `row + 8`
+    using Most = float[kRows][2];             // scores times `scale`, of rows `row` and `row + 8`
     const CannyAttention& p;
     __half* stages;  // of keys, then values; a group's tiles take them in turn
     const __half *k, *v;
@@ -68,13 +70,13 @@ struct AttentionBlock {
 
     // Begin to copy the group's tile number `turn`.
     __device__ __forceinline__ void begin(int32_t turn) const {
-        int32_t start = (group + turn * p.groups) * kKeys;
-        for (int32_t i = thread; i < kKeys * kWide; i += threads) {
-            int32_t key = i / kWide, column = i % kWide * 8, at = start + key;
-            bool there = at < p.keys;
-            int64_t from = int64_t(there ? at : 0) * p.kv_stride + column;
-            copy_16(keys_of(turn) + key * kPitch + column, k + from, there);
-            copy_16(values_of(turn) + key * kPitch + column, v + from, there);
+        int32_t start = (group + turn * p.groups) * kKeys, left = p.keys - start;
+        const __half *k_from = k + int64_t(start) * p.kv_stride, *v_from = v + int64_t(start) * p.kv_stride;
+        for (uint32_t i = thread; i < kKeys * kWide; i += threads) {
+            int32_t key = i / kWide, column = i % kWide * 8, to = key * kPitch + column;
+            int32_t from = key < left ? key * p.kv_stride + column : 0;
+            copy_16(keys_of(turn) + to, k_from + from, key < left);
+            copy_16(values_of(turn) + to, v_from + from, key < left);
         }
         copies_commit();
     }
@@ -139,14 +141,14 @@ struct AttentionBlock {
 #pragma unroll
             for (int n = 1; n < kTiles; n++) top = fmaxf(top, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            high[r][half] = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            above |= (high[r][half] - most[r][half]) * scale > kHeadroom;
+            high[r][half] = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2)) * scale;
+            above |= high[r][half] - most[r][half] > kHeadroom;
         }
         if (!__any_sync(0xffffffffu, above)) return;
 #pragma unroll
         for (int i = 0; i < 2 * kRows; i++) {
             int r = i / 2, half = i % 2;
-            float top = fmaxf(most[r][half], high[r][half]), shrink = exp2_fast((most[r][half] - top) * scale);
+            float top = fmaxf(most[r][half], high[r][half]), shrink = exp2_fast(most[r][half] - top);
             most[r][half] = top;
 #pragma unroll
             for (int n = 0; n <= kWide; n++) y[r][n][2 * half] *= shrink, y[r][n][2 * half + 1] *= shrink;
@@ -164,7 +166,7 @@ struct AttentionBlock {
             for (int i = 0; i < 4 * kRows; i++) {
                 int r = i / 4, half = i % 2;
                 const float* two = &s[r][t + i % 4 / 2][2 * half];
-                float top = most[r][half] * scale;
+                float top = most[r][half];
                 a[r][i % 4] = pack(exp2_fast(fmaf(two[0], scale, -top)), exp2_fast(fmaf(two[1], scale, -top)));
             }
             const __half* rows = stage + (t * 8 + lane / 8 % 2 * 8 + lane % 8) * kPitch;
@@ -199,7 +201,7 @@ struct AttentionBlock {
             int r = i / 2, half = i % 2;
             int32_t token = queries_before() + first() + r * 16 + row + 8 * half;
             if (token >= p.tokens) continue;
-            float by = 1.f / y[r][kWide][2 * half];
+            float by = reciprocal_fast(y[r][kWide][2 * half]);
 #pragma unroll
             for (int n = 0; n < kWide; n++)
                 *reinterpret_cast<uint32_t*>(result(token) + n * 8 + pair) =
@@ -228,17 +230,19 @@ struct AttentionBlock {
             int32_t query = i / kWide, column = i % kWide * 8, token = queries_before() + query;
             if (token >= p.tokens) break;
             float high = kFar, total = 0.f, sum[kWidth] = {};
+#pragma unroll 2
             for (int32_t g = 0; g < p.groups; g++) high = fmaxf(high, heads[g * queries + query].x);
+#pragma unroll 2
             for (int32_t g = 0; g < p.groups; g++) {
                 float2 head = heads[g * queries + query];
-                float by = exp2_fast((head.x - high) * scale);  // 0 for a group without keys
+                float by = exp2_fast(head.x - high);  // 0 for a group without keys
                 total += by * head.y;
                 Vector<float> part;
                 part.load(sums + (g * queries + query) * kPitch + column);
                 for (int j = 0; j < kWidth; j++) sum[j] += by * part.value[j];
             }
             Vector<__half> all;
-            for (int j = 0; j < kWidth; j++) from_float(sum[j] / total, all.value[j]);
+            for (int j = 0; j < kWidth; j++) from_float(sum[j] * reciprocal_fast(total), all.value[j]);
             all.store(result(token) + column);
         }
     }
@@ -259,7 +263,7 @@ __global__ void __launch_bounds__(most_threads(D)) attention(const CannyAttentio
     for (int r = 0; r < kRows; r++) most[r][0] = most[r][1] = kFar;
     for (int32_t turn = 0; turn < turns; turn++) {
         copies_wait<0>();
-        group_sync(block.group, block.threads);  // this tile is there, and the group is done with the one before
+        group_sync<most_groups(D, kKeys)>(block.group, block.threads);  // the tile is there, the one before done with
         if (turn + 1 < turns) block.begin(turn + 1);
         typename Block::Scores scores;
         block.score(scores, queries, turn);
@@ -290,7 +294,7 @@ CannyAttention cut(CannyAttention call) {
     if (call.groups) return call;
     int32_t tiles = ceil_div(call.keys, kKeys);
     auto fits = [&] {
-        return 32 * call.warps * call.groups <= most_threads(D) &&
+        return call.groups <= most_groups(D, kKeys) && 32 * call.warps * call.groups <= most_threads(D) &&
                AttentionBlock<D, kKeys, kRows>::shared_bytes(call) <= kSharedBytes;
     };
     for (call.groups = int32_t(min(int64_t(tiles), kWarps / least)); call.groups > 1 && !fits();) call.groups--;

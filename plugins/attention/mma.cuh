@@ -54,9 +54,14 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t* a, uint3
         : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
-// A barrier for the `threads` threads of one group of the block's, at most 15 groups.
+// A barrier for the `threads` threads of group number `group` of at most kGroups. Were its number not known when this is
+// compiled, the block would take all 16 barriers, and a processor would have room for few blocks.
+template <int kGroups>
 __device__ __forceinline__ void group_sync(int32_t group, int32_t threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+    if (group == kGroups - 1)
+        asm volatile("bar.sync %0, %1;" ::"n"(kGroups), "r"(threads) : "memory");
+    else if constexpr (kGroups > 1)
+        group_sync<kGroups - 1>(group, threads);
 }
 
 // Begin to copy 16 bytes to shared memory, or zeros where they are not `there`.
