@@ -20,8 +20,8 @@ constexpr uint32_t kOnes = 0x3c003c00u;  // two halves
 // Elements from one row to the next in shared memory: no bank conflicts, of halves in load_matrices, of floats in merge.
 constexpr int32_t row_pitch(int32_t width) { return width % 16 ? width : width + 8; }
 constexpr int32_t ceil_div(int64_t n, int64_t d) { return int32_t((n + d - 1) / d); }
-// Of a block. So each thread has 255 or 168 registers.
-constexpr int32_t most_threads(int32_t width) { return width == 160 ? 256 : 384; }
+// Of a block: no more than leave each thread the registers that it takes, up to 255 and, of 384, 168.
+constexpr int32_t most_threads(int32_t width, int32_t keys) { return keys == 80 ? 192 : width == 160 ? 256 : 384; }
 __host__ __device__ constexpr int32_t most_groups(int32_t width, int32_t keys) { return keys == 80 ? 1 : width == 160 ? 6 : 4; }
 
 // One warp and its group's shared memory.
@@ -250,7 +250,7 @@ struct AttentionBlock {
 
 // Grid: blocks of 16·kRows queries a warp, heads, B.
 template <int D, int kKeys, int kRows>
-__global__ void __launch_bounds__(most_threads(D)) attention(const CannyAttention p) {
+__global__ void __launch_bounds__(most_threads(D, kKeys)) attention(const CannyAttention p) {
     using Block = AttentionBlock<D, kKeys, kRows>;
     Block block(p);
     int32_t tiles = (p.keys + kKeys - 1) / kKeys, turns = (tiles - block.group + p.groups - 1) / p.groups;
@@ -280,36 +280,40 @@ constexpr int32_t kProcessors = 132;       // of the GPU that calls are cut for,
 constexpr int32_t kWarps = 12;             // that a processor shall have, and has registers for
 constexpr int32_t kSharedBytes = 99 << 10;  // of a block: what every GPU from compute capability 8.6 on has
 
-// Choose `warps` and `groups` where they are 0: as many queries a block as leave the least to do for the processor that
-// has most, then groups until each has kWarps warps, as far as tiles, threads and shared memory go.
+// Whether there is a kernel for a call that is cut.
+template <int D, int kKeys, int kRows>
+bool fits(const CannyAttention& call) {
+    return call.warps >= 1 && call.groups >= 1 && call.groups <= most_groups(D, kKeys) &&
+           32 * call.warps * call.groups <= most_threads(D, kKeys) &&
+           AttentionBlock<D, kKeys, kRows>::shared_bytes(call) <= kSharedBytes;
+}
+
+// Choose `warps` and `groups` where they are 0: as many queries a block as leave no processor with over an eighth more to
+// do than fewer would, then groups until each has kWarps warps, as far as tiles, threads and shared memory go.
 template <int D, int kKeys, int kRows>
 CannyAttention cut(CannyAttention call) {
-    int64_t least = INT64_MAX;
-    for (int32_t warps = 1; warps <= 6; warps++) {
-        if (call.warps && warps != call.warps) continue;
-        int64_t blocks = int64_t(ceil_div(call.tokens, 16 * kRows * warps)) * call.heads * call.batch;
+    int64_t most = INT64_MAX / 9;
+    int32_t forced = call.warps, tiles = ceil_div(call.keys, kKeys);
+    for (int32_t warps = forced ? forced : 6; warps >= (forced ? forced : 1); warps--) {
+        int64_t blocks = int64_t(ceil_div(call.tokens, 16 * kRows * int64_t(warps))) * call.heads * call.batch;
         int64_t work = (blocks + kProcessors - 1) / kProcessors * warps;
-        if (work <= least) least = work, call.warps = warps;
+        if (work * 9 < most * 8) most = work, call.warps = warps;
     }
     if (call.groups) return call;
-    int32_t tiles = ceil_div(call.keys, kKeys);
-    auto fits = [&] {
-        return call.groups <= most_groups(D, kKeys) && 32 * call.warps * call.groups <= most_threads(D) &&
-               AttentionBlock<D, kKeys, kRows>::shared_bytes(call) <= kSharedBytes;
-    };
-    for (call.groups = int32_t(min(int64_t(tiles), kWarps / least)); call.groups > 1 && !fits();) call.groups--;
-    call.groups = ceil_div(tiles, ceil_div(tiles, max(call.groups, 1)));  // no more than take as many turns
+    call.groups = max(1, int32_t(min(int64_t(tiles), kWarps / most)));
+    while (call.groups > 1 && !fits<D, kKeys, kRows>(call)) call.groups--;
+    call.groups = ceil_div(tiles, ceil_div(tiles, call.groups));  // no more than take as many turns
     return call;
 }
 
 template <int D, int kKeys, int kRows, typename Launch>
 bool run_attention(const CannyAttention& given, Launch&& launch) {
-    using Block = AttentionBlock<D, kKeys, kRows>;
+    if (given.warps < 0 || given.warps > 12) return false;
     CannyAttention call = cut<D, kKeys, kRows>(given);
-    int32_t threads = 32 * call.warps * call.groups;
-    if (threads < 32 || threads > most_threads(D) || Block::shared_bytes(call) > kSharedBytes) return false;
+    if (!fits<D, kKeys, kRows>(call)) return false;
     dim3 grid(ceil_div(call.tokens, 16 * kRows * call.warps), call.heads, call.batch);
-    return launch(attention<D, kKeys, kRows>, grid, threads, int32_t(Block::shared_bytes(call)), call);
+    auto bytes = int32_t(AttentionBlock<D, kKeys, kRows>::shared_bytes(call));
+    return launch(attention<D, kKeys, kRows>, grid, 32 * call.warps * call.groups, bytes, call);
 }
 
 // Do a call with `launch(kernel, grid, threads, bytes of shared memory, call)`; false where its shape has no kernel.
