@@ -115,7 +115,8 @@ def test_how_a_call_is_cut(emulator: Any, attention: Attention, blocks: int, war
 
 
 @pytest.mark.parametrize(
-    "changes", [{"width": 48}, {"tokens": 0}, {"heads": 70_000}, {"warps": 13}, {"warps": -1}, {"groups": 5}]
+    "changes",
+    [{"width": 48}, {"tokens": 0}, {"heads": 70_000}, {"warps": 13}, {"warps": -1}, {"groups": 5}, {"keys": 1 << 26}],
 )
 def test_shapes_that_have_no_kernel(emulator: Any, changes: dict[str, Any]) -> None:
     attention = replace(Attention(1, 1, 8, 200, 40), **changes)

@@ -22,7 +22,9 @@ constexpr int32_t row_pitch(int32_t width) { return width % 16 ? width : width +
 constexpr int32_t ceil_div(int64_t n, int64_t d) { return int32_t((n + d - 1) / d); }
 // Of a block: no more than leave each thread the registers that it takes, up to 255 and, of 384, 168.
 constexpr int32_t most_threads(int32_t width, int32_t keys) { return keys == 80 ? 192 : width == 160 ? 256 : 384; }
-__host__ __device__ constexpr int32_t most_groups(int32_t width, int32_t keys) { return keys == 80 ? 1 : width == 160 ? 6 : 4; }
+__host__ __device__ constexpr int32_t most_groups(int32_t width, int32_t keys) {
+    return keys == 80 ? 1 : width == 160 ? 6 : 4;
+}
 
 // One warp and its group's shared memory.
 template <int D, int kKeys, int kRows>
@@ -34,7 +36,6 @@ struct AttentionBlock {
     using Most = float[kRows][2];             // scores times `scale`, of rows `row` and `row + 8`
     const CannyAttention& p;
     __half* stages;  // of keys, then values; a group's tiles take them in turn
-    const __half *k, *v;
     int32_t group, thread, threads, lane, row, pair;
     float scale;
 
@@ -42,9 +43,6 @@ struct AttentionBlock {
         threads = 32 * p.warps;
         group = threadIdx.x / threads;
         thread = threadIdx.x % threads;
-        int64_t start = int64_t(blockIdx.z) * p.keys * p.kv_stride + int64_t(blockIdx.y) * D;
-        k = static_cast<const __half*>(p.k) + start;
-        v = static_cast<const __half*>(p.v) + start;
         stages = reinterpret_cast<__half*>(shared_memory()) + group * stages_of(p) * kStage;
         lane = thread % 32;
         row = lane / 4;  // this thread has rows `row` and `row + 8` of each 16 queries, and of each 8 columns two
@@ -68,15 +66,15 @@ struct AttentionBlock {
     __device__ __forceinline__ int32_t first() const { return thread / 32 * 16 * kRows; }
     __device__ __forceinline__ int32_t queries_before() const { return blockIdx.x * p.warps * 16 * kRows; }
 
-    // Begin to copy the group's tile number `turn`.
-    __device__ __forceinline__ void begin(int32_t turn) const {
-        int32_t start = (group + turn * p.groups) * kKeys, left = p.keys - start;
-        const __half *k_from = k + int64_t(start) * p.kv_stride, *v_from = v + int64_t(start) * p.kv_stride;
-        for (uint32_t i = thread; i < kKeys * kWide; i += threads) {
+    // Begin to copy a tile, the group's number `turn`.
+    __device__ __forceinline__ void begin(int32_t tile, int32_t turn) const {
+        int32_t start = tile * kKeys, left = p.keys - start;
+        uint32_t first = (blockIdx.z * p.keys + start) * p.kv_stride + blockIdx.y * D;
+        for (int32_t i = thread; i < kKeys * kWide; i += threads) {
             int32_t key = i / kWide, column = i % kWide * 8, to = key * kPitch + column;
-            int32_t from = key < left ? key * p.kv_stride + column : 0;
-            copy_16(keys_of(turn) + to, k_from + from, key < left);
-            copy_16(values_of(turn) + to, v_from + from, key < left);
+            uint32_t from = first + key * p.kv_stride + column;
+            copy_16(keys_of(turn) + to, static_cast<const __half*>(p.k) + from, int32_t(key) < left);
+            copy_16(values_of(turn) + to, static_cast<const __half*>(p.v) + from, int32_t(key) < left);
         }
         copies_commit();
     }
@@ -95,7 +93,7 @@ struct AttentionBlock {
     }
 
     // Scores of the warp's queries with the keys of a tile, those that do not exist far below the others.
-    __device__ __forceinline__ void score(Scores& s, const Queries& q, int32_t turn) const {
+    __device__ __forceinline__ void score(Scores& s, const Queries& q, int32_t tile, int32_t turn) const {
         const __half* stage = keys_of(turn);
 #pragma unroll
         for (int r = 0; r < kRows; r++)
@@ -123,7 +121,7 @@ struct AttentionBlock {
                 if (n + i / kRows < kTiles)
                     multiply(s[i % kRows][n + i / kRows], q[i % kRows] + D / 16 * 4, b[i / kRows]);
         }
-        int32_t left = p.keys - (group + turn * p.groups) * kKeys;
+        int32_t left = p.keys - tile * kKeys;
         if (left >= kKeys) return;
 #pragma unroll
         for (int i = 0; i < kRows * kTiles * 4; i++)
@@ -253,20 +251,20 @@ template <int D, int kKeys, int kRows>
 __global__ void __launch_bounds__(most_threads(D, kKeys)) attention(const CannyAttention p) {
     using Block = AttentionBlock<D, kKeys, kRows>;
     Block block(p);
-    int32_t tiles = (p.keys + kKeys - 1) / kKeys, turns = (tiles - block.group + p.groups - 1) / p.groups;
+    int32_t tiles = (p.keys + kKeys - 1) / kKeys, turn = 0;
     wait_for_previous();
-    if (turns > 0) block.begin(0);
+    if (block.group < tiles) block.begin(block.group, 0);
     typename Block::Queries queries;
     block.load_queries(queries);
     typename Block::Sums y = {};
     typename Block::Most most;
     for (int r = 0; r < kRows; r++) most[r][0] = most[r][1] = kFar;
-    for (int32_t turn = 0; turn < turns; turn++) {
+    for (int32_t tile = block.group; tile < tiles; tile += p.groups, turn++) {
         copies_wait<0>();
         group_sync<most_groups(D, kKeys)>(block.group, block.threads);  // the tile is there, the one before done with
-        if (turn + 1 < turns) block.begin(turn + 1);
+        if (tile + p.groups < tiles) block.begin(tile + p.groups, turn + 1);
         typename Block::Scores scores;
-        block.score(scores, queries, turn);
+        block.score(scores, queries, tile, turn);
         block.raise(y, most, scores);
         block.add_values(y, most, scores, turn);
     }
@@ -321,6 +319,7 @@ template <typename Launch>
 bool run_attention(const CannyAttention& call, Launch&& launch) {
     bool sizes = call.batch > 0 && call.heads > 0 && call.tokens > 0 && call.keys > 0;
     if (!sizes || call.batch > 65535 || call.heads > 65535) return false;
+    if (int64_t(call.batch) * call.keys * call.kv_stride > INT32_MAX) return false;
     if (call.q_stride % 8 || call.kv_stride % 8 || call.y_stride % 8) return false;
     // One tile for the 77 words; of wide heads, whose tokens are few, many small tiles and so groups.
     bool one = call.keys <= 80;
