@@ -4,8 +4,8 @@
 // adds the values, all in registers; keys and values of its next tile are copied to shared memory meanwhile. Sums and
 // products are in float, the exponentials that the values are multiplied with in half.
 //
-// A block has `groups` groups of `warps` warps with the same queries; the groups take the tiles of keys in turn, each in
-// shared memory of its own and at its own pace, and merge what they found at the end, always in the same order.
+// A block has `groups` groups of `warps` warps with the same queries; the groups take the tiles of keys in turn, each
+// in shared memory of its own and at its own pace, and merge what they found at the end, always in the same order.
 #pragma once
 
 #include "call.h"
@@ -17,7 +17,8 @@ constexpr float kFar = -1e30f;           // below every score, and finite: infin
 constexpr float kHeadroom = 8.f;         // exponentials are at most 2 to this power: far from what half can hold
 constexpr uint32_t kOnes = 0x3c003c00u;  // two halves
 
-// Elements from one row to the next in shared memory: no bank conflicts, of halves in load_matrices, of floats in merge.
+// Elements from one row to the next in shared memory, with which neither halves in load_matrices nor floats in merge
+// conflict for banks.
 constexpr int32_t row_pitch(int32_t width) { return width % 16 ? width : width + 8; }
 constexpr int32_t ceil_div(int64_t n, int64_t d) { return int32_t((n + d - 1) / d); }
 // Of a block: no more than leave each thread the registers that it takes, up to 255 and, of 384, 168.
@@ -129,6 +130,7 @@ struct AttentionBlock {
     }
 
     // Exponentials are over a maximum that may be too low by kHeadroom, so that few tiles raise it and shrink the sums.
+    // What a query gets does not depend on the others of its warp.
     __device__ __forceinline__ void raise(Sums& y, Most& most, const Scores& s) const {
         float high[kRows][2];
         bool above = false;
@@ -146,7 +148,8 @@ struct AttentionBlock {
 #pragma unroll
         for (int i = 0; i < 2 * kRows; i++) {
             int r = i / 2, half = i % 2;
-            float top = fmaxf(most[r][half], high[r][half]), shrink = exp2_fast(most[r][half] - top);
+            float top = high[r][half] - most[r][half] > kHeadroom ? high[r][half] : most[r][half];
+            float shrink = exp2_fast(most[r][half] - top);
             most[r][half] = top;
 #pragma unroll
             for (int n = 0; n <= kWide; n++) y[r][n][2 * half] *= shrink, y[r][n][2 * half + 1] *= shrink;
@@ -286,8 +289,8 @@ bool fits(const CannyAttention& call) {
            AttentionBlock<D, kKeys, kRows>::shared_bytes(call) <= kSharedBytes;
 }
 
-// Choose `warps` and `groups` where they are 0: as many queries a block as leave no processor with over an eighth more to
-// do than fewer would, then groups until each has kWarps warps, as far as tiles, threads and shared memory go.
+// Choose `warps` and `groups` where they are 0: as many queries a block as leave no processor with over an eighth more
+// to do than fewer would, then groups until each has kWarps warps, as far as tiles, threads and shared memory go.
 template <int D, int kKeys, int kRows>
 CannyAttention cut(CannyAttention call) {
     int64_t most = INT64_MAX / 9;

@@ -54,8 +54,8 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t* a, uint3
         : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
-// A barrier for the `threads` threads of group number `group` of at most kGroups. Were its number not known when this is
-// compiled, the block would take all 16 barriers, and a processor would have room for few blocks.
+// A barrier for the `threads` threads of group number `group` of at most kGroups. Were its number not known when this
+// is compiled, the block would take all 16 barriers, and a processor would have room for few blocks.
 template <int kGroups>
 __device__ __forceinline__ void group_sync(int32_t group, int32_t threads) {
     if (group == kGroups - 1)
