@@ -223,6 +223,7 @@ class CannyAttention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "query_batch", "heads", "tokens", "keys", "width")),
         *((name, ctypes.c_int32) for name in ("q_stride", "kv_stride", "y_stride")),
         ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("warps", "groups")),
     ]
 
 
@@ -232,6 +233,7 @@ class Attention:
 
     joined: Q, K and V lie side by side in one array (B, T, 3·C), as one matrix product makes them; then S is T.
     repeat: how often the queries serve, one batch of k and v after the other.
+    warps, groups: how a block is cut; 0 leaves it to the kernel.
     """
 
     batch: int
@@ -241,6 +243,8 @@ class Attention:
     width: int
     joined: bool = False
     repeat: int = 1
+    warps: int = 0
+    groups: int = 0
 
     @property
     def channels(self) -> int:
@@ -289,7 +293,7 @@ class Attention:
         return CannyAttention(
             batch=self.batch, query_batch=self.batch // self.repeat, heads=self.heads, tokens=self.tokens,
             keys=self.keys, width=self.width, q_stride=stride, kv_stride=stride, y_stride=self.channels,
-            scale=self.width**-0.5,
+            scale=self.width**-0.5, warps=self.warps, groups=self.groups,
         )  # fmt: skip
 
     def place(self, call: CannyAttention) -> None:

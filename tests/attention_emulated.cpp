@@ -17,3 +17,11 @@ extern "C" int emulate_attention(const CannyAttention* call, int order) {
         return 2;
     }
 }
+
+// How a call is cut: blocks, warps, groups, bytes of shared memory; false where there is no kernel for it.
+extern "C" bool attention_cut(const CannyAttention* call, int32_t* out) {
+    return canny::run_attention(*call, [&](auto, dim3 grid, int, size_t bytes, const CannyAttention& p) {
+        out[0] = grid.x * grid.y * grid.z, out[1] = p.warps, out[2] = p.groups, out[3] = int32_t(bytes);
+        return true;
+    });
+}

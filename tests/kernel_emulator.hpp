@@ -21,9 +21,11 @@
 
 #define __device__
 #define __global__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
+using std::max;
 using std::min;
 using __half = _Float16;
 
@@ -58,6 +60,7 @@ struct Block {
     dim3 index;
     Barrier barrier;
     std::vector<Barrier> warps;
+    std::array<Barrier, 15> groups;
     std::vector<float> exchange;                     // of shuffles
     std::vector<const __half*> rows;                 // of matrices to be loaded
     std::vector<std::array<uint32_t, 6>> fragments;  // of matrices to be multiplied
@@ -165,6 +168,7 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
         Block& block = blocks[b];
         block.barrier = {threads, 0, 0};
         block.warps.assign(threads / 32, Barrier{32, 0, 0});
+        block.groups.fill({});
         block.exchange.assign(threads, NAN);
         block.rows.assign(threads, nullptr);
         block.fragments.resize(threads);
@@ -228,6 +232,11 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
     return theirs;
 }
 
+inline bool __any_sync(unsigned, bool value) {
+    for (int mask = 1; mask < 32; mask *= 2) value |= __shfl_xor_sync(0, value, mask) != 0.f;
+    return value;
+}
+
 namespace canny {
 
 inline char* shared_memory() { return reinterpret_cast<char*>(emulator::current->block->shared.data()); }
@@ -270,14 +279,22 @@ inline float unpack(uint32_t packed, int which) {
     return float(both[which]);
 }
 
-// Rows of four matrices by address, one from each thread; `get(rows, lane)` is what a thread gets of each matrix.
-template <typename Get>
-void load_by_warp(uint32_t (&r)[4], const __half* row, Get get) {
+template <int kGroups>
+void group_sync(int32_t group, int32_t threads) {
+    if (group >= kGroups) return;
+    emulator::Barrier& barrier = emulator::current->block->groups[group];
+    barrier.size = threads;
+    emulator::meet(barrier);
+}
+
+// Rows of kCount matrices by address, one from each thread; `get(rows, lane)` is what a thread gets of each matrix.
+template <int kCount, typename Get>
+void load_by_warp(uint32_t (&r)[kCount], const __half* row, Get get) {
     emulator::Block& block = *emulator::current->block;
     unsigned me = emulator::current->thread, first = me / 32 * 32;
     block.rows[me] = row;
     emulator::meet(block.warps[me / 32]);
-    for (int j = 0; j < 4; j++) r[j] = get([&](int i) { return block.rows[first + 8 * j + i]; }, int(me % 32));
+    for (int j = 0; j < kCount; j++) r[j] = get([&](int i) { return block.rows[first + 8 * j + i]; }, int(me % 32));
     emulator::meet(block.warps[me / 32]);
 }
 
@@ -288,21 +305,23 @@ inline void load_matrices(uint32_t (&r)[4], const __half* row) {
     });
 }
 
-inline void load_transposed(uint32_t (&r)[4], const __half* row) {
+template <int kCount>
+void load_transposed(uint32_t (&r)[kCount], const __half* row) {
     load_by_warp(r, row, [](auto rows, int lane) {
         int first = lane % 4 * 2;
         return pack(float(rows(first)[lane / 4]), float(rows(first + 1)[lane / 4]));
     });
 }
 
-inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// The product over `depth` columns of a.
+inline void multiply(float (&c)[4], const std::array<uint32_t, 6>& mine, unsigned depth) {
     emulator::Block& block = *emulator::current->block;
     unsigned me = emulator::current->thread, first = me / 32 * 32, lane = me % 32;
-    block.fragments[me] = {a[0], a[1], a[2], a[3], b0, b1};
+    block.fragments[me] = mine;
     emulator::meet(block.warps[me / 32]);
     for (unsigned i = 0; i < 4; i++) {
         unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
-        for (unsigned k = 0; k < 16; k++) {
+        for (unsigned k = 0; k < depth; k++) {
             const auto& left = block.fragments[first + row * 4 + k % 8 / 2];
             const auto& right = block.fragments[first + column * 4 + k % 8 / 2];
             c[i] += unpack(left[i / 2 + k / 8 * 2], k % 2) * unpack(right[4 + k / 8], k % 2);
@@ -310,6 +329,12 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     }
     emulator::meet(block.warps[me / 32]);
 }
+
+inline void multiply(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    multiply(c, {a[0], a[1], a[2], a[3], b0, b1}, 16);
+}
+
+inline void multiply(float (&c)[4], const uint32_t* a, uint32_t b) { multiply(c, {a[0], a[1], 0, 0, b, 0}, 8); }
 
 inline void copy_16(void* to, const void* from, bool there) {
     emulator::current->copies.back().push_back({to, there ? from : nullptr});

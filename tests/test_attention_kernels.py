@@ -19,10 +19,14 @@ SHAPES = [  # of the networks, with fewer heads
     Attention(2, 1, 24, 24, 160, joined=True), Attention(1, 1, 1536, 77, 40), Attention(1, 2, 384, 77, 80),
     Attention(2, 2, 96, 77, 160), Attention(1, 1, 24, 77, 160), Attention(1, 2, 256, 256, 40, joined=True),
 ]  # fmt: skip
-FOUR_WARPS = Attention(12, 8, 50, 90, 40)  # a block; above there is one
+MERGED = Attention(1, 2, 100, 200, 40, warps=2, groups=2)  # 5 tiles: one group has 3, the other 2
 ODD = [
     Attention(1, 3, 100, 200, 40), Attention(2, 1, 1, 1, 64), Attention(1, 1, 17, 81, 80), Attention(1, 2, 33, 64, 64),
-    FOUR_WARPS, Attention(6, 8, 30, 70, 160),
+    Attention(12, 8, 50, 90, 40), Attention(6, 8, 30, 70, 160), MERGED, replace(MERGED, warps=1, groups=4),
+    replace(MERGED, warps=6, groups=1), replace(MERGED, width=64, groups=4), replace(MERGED, width=80, groups=4),
+    replace(MERGED, width=80, warps=3), replace(MERGED, width=160), Attention(1, 1, 40, 128, 160, warps=1, groups=3),
+    Attention(2, 1, 40, 77, 40, repeat=2), Attention(4, 1, 33, 90, 80, repeat=2),
+    Attention(1, 2, 40, 90, 40, warps=1, groups=4), Attention(1, 1, 20, 24, 160, warps=2, groups=3),  # one without keys
 ]  # fmt: skip
 
 
@@ -61,7 +65,7 @@ def test_the_largest(emulator: Any) -> None:
     assert error(*emulate(emulator, Attention(1, 1, 1536, 1536, 40, joined=True))) < 1e-3
 
 
-@pytest.mark.parametrize("attention", [FOUR_WARPS, ODD[0]], ids=str)
+@pytest.mark.parametrize("attention", [MERGED, replace(MERGED, width=80, groups=4), ODD[4]], ids=str)
 def test_the_order_of_threads_changes_no_bit(emulator: Any, attention: Attention) -> None:
     first, _ = emulate(emulator, attention)
     for order in (1, 2):
@@ -72,11 +76,14 @@ def test_the_order_of_threads_changes_no_bit(emulator: Any, attention: Attention
 @pytest.mark.parametrize(
     ("find", "put"),
     [
-        ("__syncthreads();", ""),
+        ("__syncthreads();  // no group reads keys and values any more", ""),
+        ("float by = exp2_fast(head.x - high);", "float by = 1.f;"),
+        pytest.param("__syncthreads();  // every group's sums are there", "", marks=pytest.mark.slow),
+        pytest.param("group_sync<most_groups(D, kKeys)>(block.group, block.threads);", "", marks=pytest.mark.slow),
         pytest.param("copies_wait<0>();", "copies_wait<1>();", marks=pytest.mark.slow),
-        pytest.param("s[n][i] = kFar;", "s[n][i] = 0.f;", marks=pytest.mark.slow),
-        pytest.param("y[n][0] *= shrink.x, y[n][1] *= shrink.x;", "", marks=pytest.mark.slow),
-        pytest.param("block.clear_padding();", "", marks=pytest.mark.slow),
+        pytest.param("[i % 4] = kFar;", "[i % 4] = 0.f;", marks=pytest.mark.slow),
+        pytest.param("shrink = exp2_fast(most[r][half] - top);", "shrink = 1.f;", marks=pytest.mark.slow),
+        pytest.param("D % 16 && n < kTiles", "D < 0 && n < kTiles", marks=pytest.mark.slow),
     ],
 )
 def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> None:
@@ -87,10 +94,31 @@ def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> Non
         assert path.name != "kernel.cuh" or text.count(find) == 1, f"{find!r} is not in the kernel any more"
         (kernels / path.name).write_text(text.replace(find, put))
     library = compile_emulator(tmp_path, kernels, "-O1", "attention_emulated.cpp")
-    assert not error(*emulate(library, FOUR_WARPS, order=1)) < 1e-3
+    assert not all(error(*emulate(library, MERGED, deviation, order=1)) < 1e-3 for deviation in (1.0, 6.0))
 
 
-@pytest.mark.parametrize("changes", [{"width": 48}, {"tokens": 0}, {"heads": 70_000}])
+@pytest.mark.parametrize(
+    ("attention", "blocks", "warps", "groups"),
+    [
+        (Attention(2, 8, 1536, 1536, 40), 128, 6, 2), (Attention(1, 8, 1536, 1536, 40), 128, 3, 4),
+        (Attention(2, 8, 384, 384, 80), 128, 3, 4), (Attention(1, 8, 384, 384, 80), 96, 2, 4),
+        (Attention(2, 8, 96, 96, 160), 96, 1, 6), (Attention(2, 8, 24, 24, 160), 32, 1, 2),
+        (Attention(2, 8, 1536, 77, 40), 256, 6, 1), (Attention(2, 8, 96, 77, 160), 96, 1, 5),
+        (Attention(2, 8, 4096, 4096, 40), 352, 6, 1), (Attention(64, 8, 400, 400, 160), 2560, 5, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_how_a_call_is_cut(emulator: Any, attention: Attention, blocks: int, warps: int, groups: int) -> None:
+    """Few queries a block where there are few, and the keys among so many groups that a processor has 12 warps."""
+    out = (ctypes.c_int32 * 4)()
+    assert emulator.attention_cut(ctypes.byref(attention.call()), out)
+    assert list(out[:3]) == [blocks, warps, groups] and out[3] <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"width": 48}, {"tokens": 0}, {"heads": 70_000}, {"warps": 13}, {"warps": -1}, {"groups": 5}, {"keys": 1 << 26}],
+)
 def test_shapes_that_have_no_kernel(emulator: Any, changes: dict[str, Any]) -> None:
-    attention = replace(Attention(1, 1, 8, 8, 40), **changes)
+    attention = replace(Attention(1, 1, 8, 200, 40), **changes)
     assert emulator.emulate_attention(ctypes.byref(attention.call()), 0) == 1

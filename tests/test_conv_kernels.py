@@ -42,7 +42,7 @@ def emulate(library: Any, conv: Conv, cluster: int = 8, order: int = 0) -> tuple
     return y.view(np.float16).reshape(conv.out), conv.expected(arrays)
 
 
-@pytest.mark.parametrize("cluster", [1, 2, 8])
+@pytest.mark.parametrize("cluster", [1, 2, 6, 8])
 @pytest.mark.parametrize("conv", SHAPES, ids=str)
 def test_against_float64(emulator: Any, conv: Conv, cluster: int) -> None:
     assert error(*emulate(emulator, conv, cluster)) < 1e-3
@@ -76,6 +76,7 @@ def test_the_order_of_threads_changes_no_bit(emulator: Any, cluster: int) -> Non
     [
         ("__syncthreads();  // this stage", "// this stage"),
         ("__syncthreads();  // the sums", "// the sums"),
+        ("__syncthreads();  // the second", "// the second"),
         ("copies_wait<kConvStages - 2>();", "copies_wait<kConvStages - 1>();"),
         ("if (p.cluster > 1) cluster_arrive(), cluster_wait();\n    block.store();", "block.store();"),
         ("other = 0; other < p.cluster", "other = 1; other < p.cluster"),

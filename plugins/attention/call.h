@@ -13,4 +13,5 @@ struct CannyAttention {
     int32_t batch, query_batch, heads, tokens, keys, width;
     int32_t q_stride, kv_stride, y_stride;
     float scale;
+    int32_t warps, groups;  // how a block is cut; 0: chosen from the shape
 };

@@ -29,14 +29,39 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const __half* 
                  : "memory");
 }
 
-// c (16×8, float) += a (16×16, half) · b (16×8, half), in the fragments of mma.m16n8k16.
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
+// Two of them, whose rows the first 16 threads name.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[2], const __half* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c (16×8, float) += a (16×16, half) · b (16×8, half), in the fragments of mma.m16n8k16: four of a, two of b.
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
     );
+}
+
+// The same with a (16×8) and b (8×8), in those of mma.m16n8k8: two of a, one of b.
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t* a, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// A barrier for the `threads` threads of group number `group` of at most kGroups. Were its number not known when this
+// is compiled, the block would take all 16 barriers, and a processor would have room for few blocks.
+template <int kGroups>
+__device__ __forceinline__ void group_sync(int32_t group, int32_t threads) {
+    if (group == kGroups - 1)
+        asm volatile("bar.sync %0, %1;" ::"n"(kGroups), "r"(threads) : "memory");
+    else if constexpr (kGroups > 1)
+        group_sync<kGroups - 1>(group, threads);
 }
 
 // Begin to copy 16 bytes to shared memory, or zeros where they are not `there`.

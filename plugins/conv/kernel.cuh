@@ -10,11 +10,11 @@
 
 namespace canny {
 
-constexpr int kConvThreads = 128, kConvStages = 4;
+constexpr int kConvThreads = 256, kConvStages = 4;
 constexpr int kConvWide = 64;   // filters of a tile
 constexpr int kConvDeep = 64;   // channels of a stage
 constexpr int kConvPitch = 72;  // of a row in shared memory: no bank conflicts in load_matrices, or of the float sums
-constexpr int kEnoughBlocks = 132, kDeepEnough = 24;  // the H200's processors; stages of a block
+constexpr int kEnoughBlocks = 132;  // the processors of an H200
 
 struct ConvParams {
     CannyConv call;
@@ -27,18 +27,21 @@ constexpr int32_t conv_bytes(int32_t rows) {
     return kConvStages * (rows + kConvWide) * kConvPitch * int32_t(sizeof(__half));
 }
 
+// Two groups of four warps multiply half the depth of every stage each, which makes their chains of instructions short.
 // kRows: rows of a tile by 16; kRowWarps: how many of the four warps part the rows, the others part the filters.
 template <int kRows, int kRowWarps>
 struct ConvBlock {
     static constexpr int kHigh = 16 * kRows, kMine = kRows / kRowWarps, kColumns = 2 * kRowWarps;
     static constexpr int kStage = (kHigh + kConvWide) * kConvPitch;  // halves
+    static constexpr int kCopied = kConvThreads / 8, kCopies = (kHigh + kCopied - 1) / kCopied;
 
     const ConvParams& p;
     __half* memory;
-    int32_t lane, first_row, first_filter, rank;
-    // This thread copies 8 channels of every 16th row: where their positions lie in x, and which taps of them exist.
-    int32_t at[kRows];
-    uint32_t taps[kRows];
+    int32_t lane, warp, group, first_row, first_filter, rank, mine;
+    // This thread copies 8 channels of every kCopied-th row from `mine` on: where their positions lie in x, and which
+    // taps of them exist.
+    int32_t at[kCopies];
+    uint32_t taps[kCopies];
     __half* to;
     const __half *x, *weight;
     int32_t tap, channel, shift;  // of the next stage; shift: of this tap in x
@@ -47,15 +50,18 @@ struct ConvBlock {
         const CannyConv& c = p.call;
         memory = reinterpret_cast<__half*>(shared_memory());
         lane = threadIdx.x % 32;
+        warp = threadIdx.x / 32 % 4;
+        group = threadIdx.x / 128;
+        mine = threadIdx.x / 8;
         rank = blockIdx.x % p.cluster;
         first_filter = blockIdx.x / p.cluster * kConvWide;
         first_row = blockIdx.y * kHigh;
-        int32_t mine = threadIdx.x / 8, column = threadIdx.x % 8 * 8, border = c.size / 2;
+        int32_t column = threadIdx.x % 8 * 8, border = c.size / 2;
         to = memory + mine * kConvPitch + column;
         x = static_cast<const __half*>(c.x) + column;
         weight = static_cast<const __half*>(c.weight) + int64_t(first_filter + mine) * p.stages * kConvDeep + column;
-        for (int i = 0; i < kRows; i++) {
-            int32_t row = first_row + mine + 16 * i, line = row / p.out_width, b = line / p.out_height;
+        for (int i = 0; i < kCopies; i++) {
+            int32_t row = first_row + mine + kCopied * i, line = row / p.out_width, b = line / p.out_height;
             int32_t top = (line - b * p.out_height) * c.stride, left = (row - line * p.out_width) * c.stride;
             at[i] = ((b * c.height + top) * c.width + left) * c.channels;
             taps[i] = 0;
@@ -83,14 +89,15 @@ struct ConvBlock {
     __device__ __forceinline__ void begin(int32_t place) {
         __half* there = to + place * kStage;
 #pragma unroll
-        for (int i = 0; i < kRows; i++) {
+        for (int i = 0; i < kCopies; i++) {
+            if (kHigh % kCopied && mine + kCopied * i >= kHigh) continue;
             bool exists = taps[i] >> tap & 1;
-            copy_16(there + 16 * i * kConvPitch, x + (exists ? at[i] + shift + channel : 0), exists);
+            copy_16(there + kCopied * i * kConvPitch, x + (exists ? at[i] + shift + channel : 0), exists);
         }
         there += kHigh * kConvPitch;
 #pragma unroll
-        for (int i = 0; i < kConvWide / 16; i++)
-            copy_16(there + 16 * i * kConvPitch, weight + int64_t(16 * i) * p.stages * kConvDeep, true);
+        for (int i = 0; i < kConvWide / kCopied; i++)
+            copy_16(there + kCopied * i * kConvPitch, weight + int64_t(kCopied * i) * p.stages * kConvDeep, true);
         weight += kConvDeep;
         channel += kConvDeep;
         if (channel == p.call.channels) {
@@ -101,12 +108,12 @@ struct ConvBlock {
     }
 
     __device__ __forceinline__ void multiply_stage(float (&sums)[kMine][kColumns][4], int32_t place) const {
-        int32_t warp = threadIdx.x / 32;
         const __half* rows = memory + place * kStage + warp % kRowWarps * kMine * 16 * kConvPitch;
         const __half* filters =
             memory + place * kStage + (kHigh + warp / kRowWarps * kColumns * 8) * kConvPitch;
 #pragma unroll
-        for (int step = 0; step < kConvDeep; step += 16) {
+        for (int half = 0; half < kConvDeep / 2; half += 16) {
+            int32_t step = group * (kConvDeep / 2) + half;
             uint32_t a[kMine][4], b[kColumns / 2][4];
 #pragma unroll
             for (int m = 0; m < kMine; m++)
@@ -123,18 +130,20 @@ struct ConvBlock {
         }
     }
 
-    // This block's part of the sums, where the cluster finds it.
-    __device__ __forceinline__ void lay_out(const float (&sums)[kMine][kColumns][4]) const {
+    // This block's part of the sums, where the cluster finds it: those of the second group, then both.
+    __device__ __forceinline__ void lay_out(const float (&sums)[kMine][kColumns][4], bool both) const {
         float* all = reinterpret_cast<float*>(memory);
-        int32_t warp = threadIdx.x / 32, row = warp % kRowWarps * kMine * 16 + lane / 4;
+        int32_t row = warp % kRowWarps * kMine * 16 + lane / 4;
         int32_t column = warp / kRowWarps * kColumns * 8 + lane % 4 * 2;
 #pragma unroll
         for (int m = 0; m < kMine; m++)
 #pragma unroll
             for (int n = 0; n < kColumns; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    all[(row + m * 16 + i / 2 * 8) * kConvPitch + column + n * 8 + i % 2] = sums[m][n][i];
+                for (int i = 0; i < 4; i++) {
+                    float& to = all[(row + m * 16 + i / 2 * 8) * kConvPitch + column + n * 8 + i % 2];
+                    to = both ? to + sums[m][n][i] : sums[m][n][i];
+                }
     }
 
     // Add up this block's share of the tile over the cluster, with bias and residual, and store it: two filters a time.
@@ -192,20 +201,25 @@ __global__ void __launch_bounds__(kConvThreads) conv(const ConvParams p) {
     }
     copies_wait<0>();
     __syncthreads();  // the sums take the place of the stages
-    block.lay_out(sums);
+    if (block.group) block.lay_out(sums, false);
+    __syncthreads();  // the second group's are there
+    if (!block.group) block.lay_out(sums, true);
     __syncthreads();
     if (p.cluster > 1) cluster_arrive(), cluster_wait();
     block.store();
     if (p.cluster > 1) cluster_arrive(), cluster_wait();  // nobody reads this block's memory any more
 }
 
-// How many blocks share a tile: enough to fill the GPU, and not too long a way for each.
+// How many blocks share a tile: the whole cluster where there are few tiles, fewer where blocks would wait their turn.
 inline int32_t conv_cluster(int32_t tiles, int32_t stages, int32_t most) {
-    int32_t cluster = 1;
-    while (2 * cluster <= most && 4 * cluster <= stages &&
-           (tiles * cluster < kEnoughBlocks || stages > kDeepEnough * cluster))
-        cluster *= 2;
-    return cluster;
+    int32_t best = 1, least = INT32_MAX;
+    for (int32_t cluster : {1, 2, 4, 6, 8}) {
+        if (cluster > most || (cluster > 1 && 2 * cluster > stages)) break;
+        int32_t turns = (tiles * cluster + kEnoughBlocks - 1) / kEnoughBlocks;
+        int32_t length = (stages + cluster - 1) / cluster * turns + cluster;
+        if (length < least) best = cluster, least = length;
+    }
+    return best;
 }
 
 // Do a call with `launch(kernel, grid, cluster, bytes of shared memory, params)`; false where its shape has no kernel.
