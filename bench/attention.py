@@ -1,4 +1,5 @@
-"""`python -m bench.attention`: our attention kernels at every shape of the networks, and PyTorch's where it sees a GPU.
+"""`python -m bench.attention`: our attention at every shape of the networks, PyTorch's where it sees a GPU; and what
+lies between attentions and matrix products: LayerNorm, the gate of GEGLU, the residual sums of ResBlocks.
 
 Needs the compiled plugins (`python -m plugins build`) and cuda-python; TensorRT only to find the library, which
 --library names as well, for an interpreter that has PyTorch instead. Each is timed as a CUDA graph of several calls.
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.group_norm import LAUNCHES, graph_us
-from plugins.call import Attention, attention_on_gpu, error, open_library
+from plugins.call import Attention, Geglu, LayerNorm, OnGpu, Sum, attention_on_gpu, error, open_library, tokens_on_gpu
 from plugins.load import library_path
 from runtime.engine import gpu
 from runtime.manifest import EngineError
@@ -60,9 +61,27 @@ def of_blocks(
             scale //= 2
 
 
-def kernel_us(library: Any, attention: Attention, replays: int) -> float:
-    """Microseconds of one attention by our kernels."""
-    with attention_on_gpu(library, attention, attention.arrays()) as on_gpu:
+def between(counts: Counter[Attention]) -> Counter[LayerNorm | Geglu]:
+    """How often each LayerNorm and gate occurs in the blocks of these attentions."""
+    found: Counter[LayerNorm | Geglu] = Counter()
+    for one, count in counts.items():
+        queries = one.batch // one.repeat * one.tokens
+        found[LayerNorm(queries, one.channels)] += count
+        if not one.joined:  # the feed-forward follows
+            found[LayerNorm(one.batch * one.tokens, one.channels)] += count
+            found[Geglu(one.batch * one.tokens, 4 * one.channels)] += count
+    return found
+
+
+def on_gpu_of(library: Any, what: Any, arrays: Any) -> OnGpu:
+    """Any of them on the GPU."""
+    put = attention_on_gpu if isinstance(what, Attention) else tokens_on_gpu
+    return put(library, what, arrays)
+
+
+def kernel_us(library: Any, what: Any, replays: int) -> float:
+    """Microseconds of one call by our kernels."""
+    with on_gpu_of(library, what, what.arrays()) as on_gpu:
 
         def several(stream: Any) -> None:
             for _ in range(LAUNCHES):
@@ -115,17 +134,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = attentions(ModelConfig.load(options.model), Shape(options.height, options.width, options.samples))
         library = open_library(options.library or usual_library())
         if options.check:
-            return checked(library, counts)
+            return checked(library, [*counts, *between(counts), Sum(48, 1280), Sum(3072, 320)])
         rows = []
         for attention, count in sorted(counts.items(), key=lambda one: -one[0].flop):
             took = {"kernel": kernel_us(library, attention, options.replays)}
             rows.append(vars(attention) | {"count": count, "flop": attention.flop} | took)
             rows[-1]["torch"] = torch_us(attention, options.replays)
+        rest = [
+            {
+                "what": type(one).__name__,
+                **vars(one),
+                "count": count,
+                "kernel": kernel_us(library, one, options.replays),
+            }
+            for one, count in between(counts).items()
+        ]
     except (ValueError, OSError) as why:
         print(f"bench.attention: {why}", file=sys.stderr)
         return 2
-    options.output.write_text(json.dumps({"gpu": here.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    Console(width=120).print(table(here.name, rows))
+    options.output.write_text(
+        json.dumps({"gpu": here.name, "rows": rows, "between": rest}, indent=1) + "\n", encoding="utf-8"
+    )
+    Console(width=120).print(table(here.name, rows), between_table(rest))
     return 0
 
 
@@ -151,17 +181,28 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
     return view
 
 
-def checked(library: Any, counts: Counter[Attention]) -> int:
+def between_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What was measured of the rest, for people."""
+    view = Table(title="Between them, µs each")
+    for column in ("what", "tokens", "channels", "times", "kernel"):
+        view.add_column(column, justify="right")
+    for row in rows:
+        view.add_row(*(str(row[key]) for key in ("what", "tokens", "channels", "count")), f"{row['kernel']:.2f}")
+    view.add_row("sum", "", "", "", f"{sum(row['count'] * row['kernel'] for row in rows):.0f}", style="bold")
+    return view
+
+
+def checked(library: Any, shapes: Sequence[Any]) -> int:
     """Every shape against float64; returns 1 where an error is over the tolerance."""
     worst = 0.0
-    for attention in counts:
-        arrays = attention.arrays()
-        with attention_on_gpu(library, attention, arrays) as on_gpu:
+    for what in shapes:
+        arrays = what.arrays()
+        with on_gpu_of(library, what, arrays) as on_gpu:
             on_gpu.launch()
-            off = error(on_gpu.result(), attention.expected(arrays))
+            off = error(on_gpu.result(), what.expected(arrays))
         worst = max(worst, off)
-        print(f"{attention}: {off:.1e}{'' if off < TOLERANCE else ' over'}")
-    print(f"worst of {len(counts)} shapes: {worst:.1e}, may be {TOLERANCE:.0e}")
+        print(f"{what}: {off:.1e}{'' if off < TOLERANCE else ' over'}")
+    print(f"worst of {len(shapes)} shapes: {worst:.1e}, may be {TOLERANCE:.0e}")
     return int(not worst < TOLERANCE)
 
 

@@ -333,6 +333,12 @@ class CannyGeglu(ctypes.Structure):
     ]
 
 
+class CannyAdd(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "b", "y")), ("count", ctypes.c_int64)]
+
+
 @dataclass(frozen=True)
 class LayerNorm:
     """One LayerNorm of x (tokens, channels) in half precision."""
@@ -386,89 +392,32 @@ class Geglu:
         return CannyGeglu(tokens=self.tokens, channels=self.channels)
 
 
-def tokens_on_gpu(library: Any, what: LayerNorm | Geglu, arrays: Mapping[str, np.ndarray]) -> OnGpu:
-    """A LayerNorm or the gate of a GEGLU on the GPU."""
+@dataclass(frozen=True)
+class Sum:
+    """One sum of a and b (tokens, channels), in half precision."""
+
+    tokens: int
+    channels: int
+
+    function = "canny_add"
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random a of a mean, b of mean 0, both of standard deviation 1."""
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((2, self.tokens, self.channels), np.float32)
+        return {"a": (a + np.float32(mean)).astype(np.float16), "b": b.astype(np.float16)}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (tokens, channels) in float64."""
+        return arrays["a"].astype(np.float64) + arrays["b"]
+
+    def call(self) -> CannyAdd:
+        """The call, without addresses."""
+        return CannyAdd(count=self.tokens * self.channels)
+
+
+def tokens_on_gpu(library: Any, what: LayerNorm | Geglu | Sum, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A LayerNorm, the gate of a GEGLU or a sum on the GPU."""
     check(cuda_runtime().cudaFree(0))
     memory = {**arrays, "y": np.full((what.tokens, what.channels), np.nan, np.float16)}
     return OnGpu(getattr(library, what.function), what.call(), memory, lambda y: y)
-
-
-# -- convolution ------------------------------------------------------------------------------------------------------
-
-
-class CannyConv(ctypes.Structure):
-    """The structure of the same name in conv/call.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y")),
-        *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
-        *((name, ctypes.c_int32) for name in ("residual_batch", "max_cluster")),
-    ]
-
-
-@dataclass(frozen=True)
-class Conv:
-    """One convolution of x (B, C, h, w) to D filters, all channels-last in half precision; sides are rounded up.
-
-    residual_batch: 0 without a residual, else how many rows of the batch it has, taken in turn.
-    """
-
-    batch: int
-    channels: int
-    height: int
-    width: int
-    filters: int
-    size: int = 3
-    stride: int = 1
-    residual_batch: int = 0
-
-    function = "canny_conv"
-
-    @property
-    def out(self) -> tuple[int, int, int, int]:
-        """The shape of y in memory, (B, h, w, D)."""
-        return self.batch, -(-self.height // self.stride), -(-self.width // self.stride), self.filters
-
-    @property
-    def moved(self) -> int:
-        """Bytes of weights, the least that must be read."""
-        return 2 * self.filters * self.size**2 * self.channels
-
-    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random x (B, h, w, C), weight (D, size, size, C) that keeps its deviation, bias (D), and the residual."""
-        rng = np.random.default_rng(seed)
-        shapes = {"x": (self.batch, self.height, self.width, self.channels)}
-        shapes["weight"] = (self.filters, self.size, self.size, self.channels)
-        if self.residual_batch:
-            shapes["residual"] = (self.residual_batch, *self.out[1:])
-        made = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-        made["x"] += np.float32(mean)
-        made["weight"] *= np.float32((self.size**2 * self.channels) ** -0.5)
-        bias = rng.standard_normal(self.filters, np.float32)
-        return {name: array.astype(np.float16) for name, array in made.items()} | {"bias": bias}
-
-    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """y (B, h, w, D) in float64."""
-        border, (_, h, w, _) = self.size // 2, self.out
-        x = np.pad(arrays["x"].astype(np.float64), [(0, 0), (border, border), (border, border), (0, 0)])
-        y = np.zeros(self.out) + arrays["bias"]
-        for i, j in np.ndindex(self.size, self.size):
-            part = x[:, i : i + self.height : self.stride, j : j + self.width : self.stride]
-            y += part[:, :h, :w] @ arrays["weight"][:, i, j].astype(np.float64).T
-        if self.residual_batch:
-            y += np.concatenate([arrays["residual"].astype(np.float64)] * (self.batch // self.residual_batch))
-        return y
-
-    def call(self, max_cluster: int) -> CannyConv:
-        """The call, without addresses; max_cluster: how many blocks may share a tile."""
-        return CannyConv(
-            batch=self.batch, height=self.height, width=self.width, channels=self.channels, filters=self.filters,
-            size=self.size, stride=self.stride, residual_batch=self.residual_batch, max_cluster=max_cluster,
-        )  # fmt: skip
-
-
-def conv_on_gpu(library: Any, conv: Conv, arrays: Mapping[str, np.ndarray]) -> OnGpu:
-    """A convolution on the GPU."""
-    check(cuda_runtime().cudaFree(0))
-    memory = {**arrays, "y": np.full(conv.out, np.nan, np.float16)}
-    return OnGpu(library.canny_conv, conv.call(library.canny_max_cluster()), memory, lambda y: y)

@@ -16,14 +16,13 @@ from runtime.manifest import EngineError
 
 FOLDER = Path(__file__).resolve().parent
 LIB = FOLDER / "lib"
-SOURCES = ("CMakeLists.txt", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
+SOURCES = ("CMakeLists.txt", "*.cuh", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
 GROUP_NORM, ATTENTION = "CannyGroupNorm", "CannyAttention"  # in TensorRT's registry
-LAYER_NORM, GEGLU, CONV = "CannyLayerNorm", "CannyGeglu", "CannyConv"
+LAYER_NORM, GEGLU, ADD = "CannyLayerNorm", "CannyGeglu", "CannyAdd"
 TRANSFORMER = (ATTENTION, LAYER_NORM, GEGLU)  # what a transformer over a map is made of
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
-CONV_MULTIPLE = 64  # of the channels and filters that conv/kernel.cuh takes
 
 
 class PluginError(EngineError):
@@ -112,7 +111,7 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
 
     Raises PluginError as `load` does, and where the plugins here are others.
     """
-    unknown = sorted(needed.keys() - {GROUP_NORM, CONV, *TRANSFORMER})
+    unknown = sorted(needed.keys() - {GROUP_NORM, ADD, *TRANSFORMER})
     if unknown:
         raise PluginError(f"the engines need the plugin {unknown[0]}, which is not among those here: build them again.")
     if not needed:

@@ -149,7 +149,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 2 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 5 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -293,7 +293,9 @@ int main(int, char** arguments) {
 
     auto& layer_norm = *static_cast<Creator*>(entry(count)[2]);
     auto& geglu = *static_cast<Creator*>(entry(count)[3]);
-    MUST(count == 4 && !std::strcmp(layer_norm.getPluginName(), "CannyLayerNorm"));
+    auto& sum = *static_cast<Creator*>(entry(count)[4]);
+    MUST(count == 5 && !std::strcmp(sum.getPluginName(), "CannyAdd"));
+    MUST(!std::strcmp(layer_norm.getPluginName(), "CannyLayerNorm"));
     MUST(!std::strcmp(geglu.getPluginName(), "CannyGeglu"));
     Given fields;
     fields.fields = {given.fields[0], given.fields[4]};
@@ -319,6 +321,14 @@ int main(int, char** arguments) {
     configure(*gate, tensors, true, 1);
     describe(0, dims({2, 24, 8, 12}), half, last8);
     configure(*gate, tensors, false, 1);
+    Plugin* plus = create(sum, fields);
+    MUST(plus);
+    for (int i : {0, 1, 2}) describe(i, dims({2, 320, 8, 12}), half, last8);
+    for (int32_t i = 0; i < 3; i++) MUST(build_side(*plus).supportsFormatCombination(i, tensors.data(), 2, 1));
+    configure(*plus, tensors, true, 2);
+    describe(1, dims({1, 320, 8, 12}), half, last8);
+    configure(*plus, tensors, false, 2);
+    end(plus);
     end(norm);
     end(gate);
     std::printf("all as it must be\n");

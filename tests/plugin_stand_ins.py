@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorrt_rtx as trt
 
-from plugins.load import ATTENTION, CONV, GEGLU, GROUP_NORM, LAYER_NORM
+from plugins.load import ADD, ATTENTION, GEGLU, GROUP_NORM, LAYER_NORM
 from trt_builder.flavour import Flavour
 
 ELEMENT, MATRIX = trt.ElementWiseOperation, trt.MatrixOperation
@@ -22,11 +22,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
     monkeypatch.setattr(Flavour, "has_transformer_plugins", lambda self, width, options: options.attention == "own")
-    # The stand-in needs neither half precision nor multiples of 64.
-    monkeypatch.setattr(
-        Flavour, "has_conv_plugin",
-        lambda self, rows, weight, stride, options: options.conv == "own" and rows < 100 and weight[2] in (1, 3),
-    )  # fmt: skip
+    monkeypatch.setattr(Flavour, "has_add_plugin", lambda self, options: options.residual == "own")
     monkeypatch.setattr(Flavour, "add_own", add_own)
     return added
 
@@ -101,30 +97,8 @@ def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: fl
     return shuffled(network, y, (0, 3, 1, 2))
 
 
-HELD: list[Any] = []  # TensorRT keeps no weights itself
+def add(network: Any, x: Any, y: Any) -> Any:
+    return network.add_elementwise(x, y, ELEMENT.SUM)
 
 
-def numbers(network: Any, constant: Any) -> np.ndarray:
-    """What a constant holds."""
-    for i in reversed(range(network.num_layers)):
-        layer = network.get_layer(i)
-        if layer.get_output(0).name == constant.name:
-            layer.__class__ = trt.IConstantLayer
-            return np.array(layer.weights).reshape(tuple(layer.shape))
-    raise AssertionError(f"{constant.name} is no constant")
-
-
-def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int) -> Any:
-    assert len(rest) == residual and weight.shape[1:3] == (size, size)
-    kernel = np.ascontiguousarray(numbers(network, weight).transpose(0, 3, 1, 2))
-    HELD.append((kernel, numbers(network, bias)))
-    layer = network.add_convolution_nd(x, weight.shape[0], (size, size), *HELD[-1])
-    layer.stride_nd, layer.padding_nd = (stride, stride), (size // 2, size // 2)
-    if not residual:
-        return layer
-    repeated = network.add_concatenation([rest[0]] * (x.shape[0] // rest[0].shape[0]))
-    repeated.axis = 0
-    return network.add_elementwise(out(layer), out(repeated), ELEMENT.SUM)
-
-
-MAKE = {CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu, ATTENTION: attention}
+MAKE: dict[str, Any] = {ADD: add, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu, ATTENTION: attention}

@@ -216,10 +216,10 @@ def test_one_switch(stage: str, switch: Mapping[str, Any]) -> None:
 def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape) -> None:
     """What they get and what is done with it, the plugins themselves being spelt out."""
     added = plugin_stand_ins.use(monkeypatch)
-    check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", conv="own"))
+    check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", residual="own"))
     blocks = added.count("CannyGeglu")
     assert blocks and added.count("CannyLayerNorm") == 3 * blocks and added.count("CannyAttention") == 2 * blocks
-    assert added.count("CannyGroupNorm") > blocks and added.count("CannyConv") > blocks
+    assert added.count("CannyGroupNorm") > blocks and ("CannyAdd" in added) == ("decoder" not in stage)
 
 
 def test_switches_change_the_network() -> None:

@@ -1,4 +1,4 @@
-"""LayerNorm and GEGLU on a CPU: the kernels as they are written, in an emulator, against float64."""
+"""LayerNorm, GEGLU and sums on a CPU: the kernels as they are written, in an emulator, against float64."""
 
 import ctypes
 from dataclasses import replace
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from test_group_norm import compile_emulator
 
-from plugins.call import Geglu, LayerNorm, error
+from plugins.call import Geglu, LayerNorm, Sum, error
 
 KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "tokens"
 GUARD = 4096  # bytes before and after each array, which nothing may touch
 
 SHAPES = [
     LayerNorm(37, 320), LayerNorm(8, 640), LayerNorm(5, 1280), LayerNorm(3, 2048), LayerNorm(1, 8), LayerNorm(9, 264),
-    Geglu(5, 1280), Geglu(3, 2560), Geglu(2, 5120), Geglu(7, 8), Geglu(1, 1272),
+    Geglu(5, 1280), Geglu(3, 2560), Geglu(2, 5120), Geglu(7, 8), Geglu(1, 1272), Sum(3, 1280), Sum(1, 8), Sum(255, 64),
 ]  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, source="tokens_emulated.cpp")
 
 
-def emulate(library: Any, what: LayerNorm | Geglu, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def emulate(library: Any, what: LayerNorm | Geglu | Sum, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel makes of random arrays, and what float64 does; everything else in memory stays as it was."""
     arrays, call, held = what.arrays(mean), what.call(), {}
     memory = {**arrays, "y": np.full((what.tokens, what.channels), np.nan, np.float16)}
@@ -43,7 +43,7 @@ def emulate(library: Any, what: LayerNorm | Geglu, mean: float = 0.0) -> tuple[n
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 @pytest.mark.parametrize("what", SHAPES, ids=str)
-def test_against_float64(emulator: Any, what: LayerNorm | Geglu, mean: float) -> None:
+def test_against_float64(emulator: Any, what: LayerNorm | Geglu | Sum, mean: float) -> None:
     assert error(*emulate(emulator, what, mean)) < 1e-3
 
 
@@ -58,9 +58,10 @@ def test_a_mean_that_dwarfs_the_deviation(emulator: Any) -> None:
         ("lane < vectors ? to_float", "lane <= vectors ? to_float", LayerNorm(8, 328)),
         ("x + p.channels", "x + p.channels - kWidth", Geglu(3, 64)),
         ("1.f + erff", "1.f - erff", Geglu(3, 64)),
+        ("at >= p.count", "at >= p.count - kWidth", Sum(3, 64)),
     ],
 )
-def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu) -> None:
+def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu | Sum) -> None:
     kernels = tmp_path / "plugins" / "tokens"
     kernels.mkdir(parents=True)
     for path in KERNELS.iterdir():
@@ -71,7 +72,9 @@ def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Ge
     assert not error(*emulate(library, what, mean=3.0)) < 1e-3
 
 
-@pytest.mark.parametrize("what", [LayerNorm(4, 12), LayerNorm(4, 2056), LayerNorm(0, 8), Geglu(4, 12), Geglu(0, 8)])
-def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu) -> None:
+@pytest.mark.parametrize(
+    "what", [LayerNorm(4, 12), LayerNorm(4, 2056), LayerNorm(0, 8), Geglu(4, 12), Geglu(0, 8), Sum(3, 3)]
+)
+def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu | Sum) -> None:
     call = replace(what).call()
     assert getattr(emulator, what.function)(ctypes.byref(call), 0) == 1

@@ -30,3 +30,7 @@ extern "C" int canny_layer_norm(const CannyLayerNorm* call, int order) {
 extern "C" int canny_geglu(const CannyGeglu* call, int order) {
     return emulate(*call, order, [](auto&&... given) { return canny::run_geglu(given...); });
 }
+
+extern "C" int canny_add(const CannyAdd* call, int order) {
+    return emulate(*call, order, [](auto&&... given) { return canny::run_add(given...); });
+}

@@ -80,7 +80,7 @@ def parser() -> Parser:
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
-    add("--conv", choices=("builtin", "own"), default="builtin", help="of small maps (%(default)s)")
+    add("--residual", choices=("fused", "own"), default="fused", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
@@ -170,7 +170,7 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
         raise BuildError(f"there is no stage {', '.join(unknown) or 'named'}: take some of {','.join(STAGES)}.")
     switches = Options(
         options.precision, options.attention, options.qkv, not options.no_shared_prefix, options.boundary,
-        options.conv, options.group_norm,
+        options.residual, options.group_norm,
     )  # fmt: skip
     flavour = get_flavour(options.flavour)
     name, capability, targets = place(flavour, names(options.target.lower()))

@@ -356,8 +356,8 @@ class Options:
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
     boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".
-    conv: convolutions of at most 256 positions by TensorRT ("builtin"), or by the plugin of plugins/ that shares their
-        weights among many blocks ("own").
+    residual: who adds a ResBlock's input to what its last convolution made: that convolution ("fused"; TensorRT 8.6
+        then takes a slower kernel for it), or the plugin of plugins/ ("own").
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
         the built-in plugin where it can be had, else the layer.
     """
@@ -367,7 +367,7 @@ class Options:
     qkv: Literal["joined", "apart"] = "joined"
     shared_prefix: bool = True
     boundary: Literal["channels-last", "linear"] = "channels-last"
-    conv: Literal["builtin", "own"] = "builtin"
+    residual: Literal["fused", "own"] = "fused"
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
 
     def __post_init__(self) -> None:
@@ -386,5 +386,5 @@ def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "qkv", ("joined", "apart")
     yield "shared_prefix", (True, False)
     yield "boundary", ("channels-last", "linear")
-    yield "conv", ("builtin", "own")
+    yield "residual", ("fused", "own")
     yield "group_norm", ("auto", "own", "builtin", "native")

@@ -22,16 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from plugins.load import (
-    ATTENTION_WIDTHS,
-    CONV,
-    CONV_MULTIPLE,
-    FIELDS_VERSION,
-    GROUP_NORM,
-    TRANSFORMER,
-    VERSION,
-    load,
-)
+from plugins.load import ADD, ATTENTION_WIDTHS, FIELDS_VERSION, GROUP_NORM, TRANSFORMER, VERSION, load
 from trt_builder.config import Options
 
 if TYPE_CHECKING:
@@ -45,8 +36,6 @@ MODULES = ("tensorrt", "tensorrt_rtx")
 # precision, and at most 32 rows (its workspace is that small, which it does not check).
 BUILT_IN_CHANNELS = frozenset((128, 256, 320, 512, 640, 960, 1280, 1920, 2560))
 BUILT_IN_ROWS = 32
-
-CONV_ROWS = 256  # with more there are tiles enough for TensorRT's own convolutions
 
 
 class FlavourError(ValueError):
@@ -170,7 +159,7 @@ class Flavour:
         Raises FlavourError or PluginError where they cannot be had.
         """
         needed = [GROUP_NORM] * (options.group_norm == "own") + list(TRANSFORMER) * (options.attention == "own")
-        needed += [CONV] * (options.conv == "own")
+        needed += [ADD] * (options.residual == "own")
         if needed and self.rtx:
             raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
         return dict.fromkeys(needed, load(self.trt).source) if needed else {}
@@ -229,13 +218,12 @@ class Flavour:
         _say_once(f"attention of {options.precision} heads {width} wide is TensorRT's own: the plugin has none for it")
         return False
 
-    def has_conv_plugin(self, rows: int, weight: Sequence[int], stride: int, options: Options) -> bool:
-        """Whether our plugin serves a convolution with a weight (D, C, size, size) to this many rows, B·h·w."""
-        if options.conv != "own" or options.precision != "fp16" or rows > CONV_ROWS:
+    def has_add_plugin(self, options: Options) -> bool:
+        """Whether our plugin adds the residuals of ResBlocks; raises FlavourError where it cannot be had."""
+        if options.residual != "own" or options.precision != "fp16":
             return False
-        self._need(CONV, "conv")
-        filters, channels, size, _ = weight
-        return size in (1, 3) and stride in (1, 2) and not filters % CONV_MULTIPLE and not channels % CONV_MULTIPLE
+        self._need(ADD, "residual")
+        return True
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import ATTENTION, CONV, GEGLU, GROUP_NORM, LAYER_NORM
+from plugins.load import ATTENTION, GEGLU, GROUP_NORM, LAYER_NORM
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -198,58 +198,27 @@ def concat(net: Net, tensors: Sequence[trt.ITensor], axis: int, what: str = "con
 
 def match_batch(net: Net, x: trt.ITensor, batch: int) -> trt.ITensor:
     """Repeat x (N, …) along its batch to `batch` = k·N rows: sample order is kept within each of the k groups."""
+    if (
+        x.shape[0] == 1 < batch and len(x.shape) == 4
+    ):  # a sum takes one layer, where TensorRT 8.6 takes three to join maps
+        return add(net, x, net.constant(np.zeros(batch), (batch, 1, 1, 1), "zeros"), "match_batch")
     return x if x.shape[0] == batch else concat(net, [x] * (batch // x.shape[0]), 0, "match_batch")
 
 
 # -- layers with weights ----------------------------------------------------------------------------------------------
 
 
-def conv(
-    net: Net, x: trt.ITensor, stride: int = 1, padding: tuple[int, int] | None = None,
-    residual: trt.ITensor | None = None,
-) -> trt.ITensor:  # fmt: skip
-    """Convolution; `padding` is (before, after) on both axes, by default what keeps the size at stride 1.
-
-    A residual is added; it may have fewer rows (see `add_residual`).
-    """
+def conv(net: Net, x: trt.ITensor, stride: int = 1, padding: tuple[int, int] | None = None) -> trt.ITensor:
+    """Convolution; `padding` is (before, after) on both axes, by default what keeps the size at stride 1."""
     weight, bias = net.weight(), net.weight("bias")
     kernel = weight.shape[2:]
-    if padding is None and takes_own_conv(net, x, stride):
-        return own_conv(net, x, weight.transpose(0, 2, 3, 1), bias, stride, residual)
     layer = net.network.add_convolution_nd(x, weight.shape[0], kernel, weight, bias)
     before, after = padding or (kernel[0] // 2, kernel[0] // 2)
     layer.stride_nd, layer.pre_padding, layer.post_padding = (stride, stride), (before, before), (after, after)
-    return add_residual(net, net.add(layer), residual)
+    return net.add(layer)
 
 
-def takes_own_conv(net: Net, x: trt.ITensor, stride: int = 1) -> bool:
-    """Whether the convolution at this place is our plugin's."""
-    rows = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    return net.flavour.has_conv_plugin(rows, net.weight().shape, stride, net.options)
-
-
-def own_conv(
-    net: Net, x: trt.ITensor, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1,
-    residual: trt.ITensor | None = None, what: str = "",
-) -> trt.ITensor:  # fmt: skip
-    """Convolution by our plugin: weight (D, size, size, C), zeros around the map, the residual added in the kernel."""
-    exact, name = net.float32(), f"{what}." if what else ""
-    w = net.constant(np.ascontiguousarray(weight), weight.shape, f"{name}weight")
-    b = exact.constant(np.zeros(len(weight)) if bias is None else bias, (len(weight),), f"{name}bias")
-    inputs = [x, w, b] if residual is None else [x, w, b, residual]
-    return own(net, CONV, inputs, what, size=weight.shape[1], stride=stride, residual=int(residual is not None))
-
-
-def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor | None) -> trt.ITensor:
-    """y + x, where y may have k·N rows to the N of x: a single one broadcasts."""
-    if x is None:
-        return y
-    return add(net, y, x if x.shape[0] == 1 else match_batch(net, x, y.shape[0]))
-
-
-def linear(
-    net: Net, x: trt.ITensor, parts: Sequence[str] = (), residual: trt.ITensor | None = None
-) -> trt.ITensor:  # fmt: skip
+def linear(net: Net, x: trt.ITensor, parts: Sequence[str] = ()) -> trt.ITensor:
     """x (…, C) → (…, D) by the weight at this place, or by the weights of several places joined along D.
 
     Of tokens a matrix product, which TensorRT fuses with the attention and the normalisation around it; of a map
@@ -258,24 +227,17 @@ def linear(
     names = [net.at(part) for part in parts] or [net]
     prefixes = [n.root + ".".join(n.path) for n in names]
     weight = net.weights.cast(tuple(f"{p}.weight" for p in prefixes), net.dtype)  # (D, C)
-    lead = [1] * (len(x.shape) - 2)
+    bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype) if names[0].has("bias") else None
     what = "+".join(parts)
     if len(x.shape) == 4:
-        bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype) if names[0].has("bias") else None
-        rows, size = x.shape[0] * x.shape[2] * x.shape[3], (*weight.shape, 1, 1)
-        if net.flavour.has_conv_plugin(rows, size, 1, net.options):
-            return own_conv(net, x, weight[:, None, None], bias, 1, residual, what)
-        return add_residual(
-            net, net.add(net.network.add_convolution_nd(x, size[0], (1, 1), weight, bias), what), residual
-        )
+        return net.add(net.network.add_convolution_nd(x, len(weight), (1, 1), weight, bias), what)
+    lead = [1] * (len(x.shape) - 2)
     w = net.constant(weight, [*lead, *weight.shape], f"{what}.weight" if what else "weight")
     matrix = net.api.MatrixOperation
     y = net.add(net.network.add_matrix_multiply(x, matrix.NONE, w, matrix.TRANSPOSE), what)
-    if names[0].has("bias"):
-        bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype)
-        bias = net.constant(bias, [*lead, 1, len(bias)], f"{what}.bias" if what else "bias")
-        y = add(net, y, bias, "add_bias")
-    return add_residual(net, y, residual)
+    if bias is None:
+        return y
+    return add(net, y, net.constant(bias, [*lead, 1, len(bias)], f"{what}.bias" if what else "bias"), "add_bias")
 
 
 def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
@@ -337,6 +299,11 @@ def geglu_gate(net: Net, x: trt.ITensor) -> trt.ITensor:
         return own(net, GEGLU, [x])
     a, b = chunk(net, x, 2, 2)
     return mul(net, a, gelu(net, b))
+
+
+def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor, what: str = "add") -> trt.ITensor:
+    """y + x, where y may have k·N rows to the N of x: a single one broadcasts."""
+    return add(net, y, x if x.shape[0] == 1 else match_batch(net, x, y.shape[0]), what)
 
 
 def own(net: Net, plugin: str, inputs: Sequence[trt.ITensor], what: str = "", **fields: float) -> trt.ITensor:

@@ -1,16 +1,13 @@
 // The attention kernels on a GPU, behind a C function.
 #include "kernel.cuh"
 
+#include "../launch.cuh"
 #include "kernel.h"
 
 int32_t canny_attention(const CannyAttention* call, cudaStream_t stream) {
     cudaError_t error = cudaErrorNotSupported;
     canny::run_attention(*call, [&](auto kernel, dim3 grid, int32_t threads, int32_t bytes, const CannyAttention& p) {
-        // More than 48 KiB of shared memory must be asked for.
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (error != cudaSuccess) return false;
-        kernel<<<grid, threads, bytes, stream>>>(p);
-        error = cudaGetLastError();
+        error = canny::launch_early(kernel, grid, threads, bytes, stream, p);
         return error == cudaSuccess;
     });
     return error;

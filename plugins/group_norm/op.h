@@ -94,6 +94,7 @@ struct GroupNormOp {
         call.y = to;
         call.workspace = workspace;
         call.max_cluster = max_cluster;
+        call.overlap = 1;
         return canny_group_norm(&call, stream);
     }
 

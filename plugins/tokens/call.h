@@ -1,4 +1,4 @@
-// What lies between the matrix products of a transformer: one call each, over tokens in rows of half precision.
+// What lies between convolutions and matrix products: one call each, over tokens in rows of half precision.
 #pragma once
 
 #include <cstdint>
@@ -18,4 +18,12 @@ struct CannyGeglu {
     const void* x;  // (tokens, 2·channels), channels a multiple of 8
     void* y;        // (tokens, channels)
     int32_t tokens, channels;
+};
+
+// y = a + b, a multiple of 8 halves each.
+struct CannyAdd {
+    const void* a;
+    const void* b;
+    void* y;
+    int64_t count;
 };

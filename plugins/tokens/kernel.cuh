@@ -1,4 +1,4 @@
-// LayerNorm and the gate of GEGLU over tokens, 16 bytes at a time; arithmetic in float.
+// LayerNorm, the gate of GEGLU, and sums, over tokens, 16 bytes at a time; arithmetic in float.
 #pragma once
 
 #include "call.h"
@@ -78,6 +78,19 @@ __global__ void __launch_bounds__(kGateThreads) geglu(const CannyGeglu p) {
     a.store(static_cast<__half*>(p.y) + token * p.channels + at);
 }
 
+// A thread has a vector.
+__global__ void __launch_bounds__(kGateThreads) add(const CannyAdd p) {
+    int64_t at = (int64_t(blockIdx.x) * kGateThreads + threadIdx.x) * kWidth;
+    if (at >= p.count) return;
+    wait_for_previous();
+    Vector<__half> a, b;
+    a.load(static_cast<const __half*>(p.a) + at);
+    b.load(static_cast<const __half*>(p.b) + at);
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) from_float(to_float(a.value[i]) + to_float(b.value[i]), a.value[i]);
+    a.store(static_cast<__half*>(p.y) + at);
+}
+
 // Do a call with `launch(kernel, blocks, threads, call)`; false where its shape has no kernel.
 template <typename Launch>
 bool run_layer_norm(const CannyLayerNorm& call, Launch&& launch) {
@@ -95,6 +108,13 @@ bool run_geglu(const CannyGeglu& call, Launch&& launch) {
     if (call.tokens < 1 || call.channels < 1 || call.channels % kWidth) return false;
     int64_t blocks = (int64_t(call.tokens) * (call.channels / kWidth) + kGateThreads - 1) / kGateThreads;
     return blocks <= INT32_MAX && launch(geglu, dim3(uint32_t(blocks)), kGateThreads, call);
+}
+
+template <typename Launch>
+bool run_add(const CannyAdd& call, Launch&& launch) {
+    if (call.count < 1 || call.count % kWidth) return false;
+    int64_t blocks = (call.count / kWidth + kGateThreads - 1) / kGateThreads;
+    return blocks <= INT32_MAX && launch(add, dim3(uint32_t(blocks)), kGateThreads, call);
 }
 
 }  // namespace canny

@@ -1,4 +1,4 @@
-// The plugins CannyLayerNorm and CannyGeglu, whatever the TensorRT. Tokens are the positions of a channels-last map.
+// The plugins CannyLayerNorm, CannyGeglu and CannyAdd, whatever the TensorRT. Tokens are the positions of a channels-last map.
 #pragma once
 
 #include <cmath>
@@ -96,6 +96,45 @@ struct GegluOp {
         const nvinfer1::Dims& x = in[0].dims;
         CannyGeglu call{from[0], to, int32_t(x.d[0] * x.d[2] * x.d[3]), int32_t(x.d[1] / 2)};
         return canny_geglu(&call, stream);
+    }
+};
+
+// A sum that TensorRT 8.6 cannot fuse with a convolution, for which it would then take a slower kernel.
+struct AddOp {
+    struct Fields {
+        int32_t version = kFieldsVersion;
+    };
+    using Tensor = nvinfer1::PluginTensorDesc;
+
+    static constexpr char name[] = "CannyAdd";
+    static constexpr std::array<Field, 1> fields{{{"version", false, offsetof(Fields, version)}}};
+
+    static std::string fault(const Fields&) { return ""; }
+
+    static int32_t inputs(const Fields&) { return 2; }  // of one shape (B, C, h, w)
+
+    static nvinfer1::DimsExprs output(const Fields&, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder&) {
+        return in[0];
+    }
+
+    static bool supports(const Fields&, int32_t pos, const Tensor* tensors) { return is_token_map(tensors[pos]); }
+
+    static std::string shape_fault(const Fields&, const Tensor* in) {
+        const nvinfer1::Dims &a = in[0].dims, &b = in[1].dims;
+        bool same = a.nbDims == b.nbDims;
+        for (int32_t i = 0; same && i < a.nbDims; i++) same = a.d[i] == b.d[i];
+        return same ? token_map_fault(a, 1) : "its inputs must have one shape";
+    }
+
+    static size_t workspace(const Fields&, const Tensor*) { return 0; }
+
+    // Enqueue the kernel; returns 0 or a cudaError_t.
+    static int32_t enqueue(
+        const Fields&, int32_t, const Tensor* in, const void* const* from, void* to, void*, cudaStream_t stream
+    ) {
+        CannyAdd call{from[0], from[1], to, 1};
+        for (int32_t i = 0; i < 4; i++) call.count *= in[0].dims.d[i];
+        return canny_add(&call, stream);
     }
 };
 
