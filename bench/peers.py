@@ -22,7 +22,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python bench/peers.py`
 
 import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -35,6 +34,7 @@ from runtime.noise import cuda_randn  # noqa: E402
 from runtime.rules import HISTORY  # noqa: E402
 from runtime.schedule import Schedule  # noqa: E402
 from runtime.tokenizer import tokenize  # noqa: E402
+from trt_builder.terminal import output  # noqa: E402
 from trt_builder.verify import load_twin  # noqa: E402
 
 Function = Callable[..., Tensor]
@@ -288,9 +288,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     schedules = by_schedule(content, arrays[ours], weights, given) if ours else {}
     content = {**facts, "found": found, "schedules": schedules}
     options.output.write_text(json.dumps(content, indent=1) + "\n")
-    Console().print(table(found, ours))
+    console = output()
+    console.print(table(found, ours))
     if schedules:
-        Console().print(schedule_table(schedules))
+        console.print(schedule_table(schedules))
     return 0
 
 

@@ -223,6 +223,46 @@ def test_a_stopped_monitor_ends_tensorrt(engines, tmp_path):
     assert 1 <= len(steps) < 10  # of some 60
 
 
+def test_a_timing_cache_that_is_not_taken_back_is_said_once_and_is_no_error(run, tmp_path, monkeypatch):
+    """TensorRT 8.6.0's words."""
+    words = (
+        "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin (Myelin error from unknown graph)",
+        "4: The timing cache will not be used!",
+    )
+    make = building.serialize
+
+    def refusing(request, stage, weights, log, show, stopped):
+        for line in words:
+            log.add("ERROR", line)
+        assert log.cache_refused and not log.error
+        return make(request, stage, weights, log, show, stopped)
+
+    monkeypatch.setattr(building, "serialize", refusing)
+    status, _, err = run("build", *TINY, "--stages", "hint,time")
+    assert status == 0 and err.count("does not take back its own timing cache") == 1
+    assert (tmp_path / NAME / "build.log").read_text().count(words[1]) == 2
+
+
+def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_path, monkeypatch, caplog):
+    from plugins.load import Library, PluginError
+    from trt_builder import plugin_layers
+
+    flavour = dataclasses.replace(get_flavour("tensorrt_rtx"), name="tensorrt", strongly_typed=False)
+    library = Library("8.6.0", ["86", "90"], "", "", "", tmp_path)
+    monkeypatch.setattr(plugin_layers, "find", lambda version: library)
+    assert flavour.plugins_win("fp16", "9.0") and not flavour.plugins_win("fp32", "9.0")
+    assert not flavour.plugins_win("fp16", "8.9") and "not for compute capability 8.9" in caplog.text
+    assert not dataclasses.replace(flavour, strongly_typed=True).plugins_win("fp16", "9.0")
+
+    def missing(version):
+        raise PluginError("there are no plugins: run `python -m plugins build`.")
+
+    monkeypatch.setattr(plugin_layers, "find", missing)
+    assert not flavour.plugins_win("fp16", "9.0") and "run `python -m plugins build`" in caplog.text
+    assert [cli.usual(asked, True, "fused") for asked in ("auto", "plain", "own")] == ["own", "plain", "own"]
+    assert cli.usual("auto", False, "fused") == "fused"
+
+
 def test_a_failed_build_says_what_tensorrt_said(run, tmp_path, monkeypatch):
     define = building.define
 

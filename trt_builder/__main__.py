@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.logging import RichHandler
 
@@ -76,11 +76,11 @@ def parser() -> Parser:
     add("--target", default="", help="what tensorrt_rtx builds for, such as sm86,sm89 (the GPU here; without one, all)")
     add("--stages", default=",".join(USUAL), help="(%(default)s)")
     add("--cond", action="store_true", help=f"{', '.join(COND)}, too: for schedules with evaluate-cond")
-    add("--attention", choices=("fused", "plain", "own"), default="fused", help="(%(default)s)")
+    add("--attention", choices=("auto", "fused", "plain", "own"), default="auto", help="(%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="of self-attentions (%(default)s)")
     add("--no-shared-prefix", action="store_true", help="compute what is common to both halves of the batch twice")
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
-    add("--residual", choices=("fused", "own"), default="fused", help="of ResBlocks (%(default)s)")
+    add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
@@ -168,12 +168,13 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
     unknown = [name for name in stages if name not in STAGES]
     if unknown or not stages:
         raise BuildError(f"there is no stage {', '.join(unknown) or 'named'}: take some of {','.join(STAGES)}.")
-    switches = Options(
-        options.precision, options.attention, options.qkv, not options.no_shared_prefix, options.boundary,
-        options.residual, options.group_norm,
-    )  # fmt: skip
     flavour = get_flavour(options.flavour)
     name, capability, targets = place(flavour, names(options.target.lower()))
+    own = flavour.plugins_win(options.precision, capability)
+    switches = Options(
+        options.precision, usual(options.attention, own, "fused"), options.qkv, not options.no_shared_prefix,
+        options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"),
+    )  # fmt: skip
     manifest = replace(
         wanted,
         flavour=flavour.name,
@@ -220,6 +221,13 @@ def facts(options: argparse.Namespace) -> Manifest:
             weights, digest = str(path), file_sha256(path)
     sizes = {"height": shape.height, "width": shape.width, "samples": shape.samples, "steps": shape.steps}
     return Manifest(model, "", "", None, None, [], weights, digest, sizes, {"precision": "fp16"})
+
+
+def usual(asked: Any, own: bool, otherwise: Any) -> Any:
+    """What an option is that may be "auto": our plugin where it wins."""
+    if asked != "auto":
+        return asked
+    return "own" if own else otherwise
 
 
 def place(flavour: Flavour, targets: list[str]) -> tuple[str | None, str | None, list[str]]:

@@ -25,6 +25,8 @@ from trt_builder.stages import define
 from trt_builder.weights import Weights, expected_shapes
 
 THREAD = "tensorrt-build"
+# TensorRT 8.6.0 does not read back the timing cache that it wrote, calls that an error, and goes on without.
+CACHE_REFUSED = ("myelinCache.h::deserializeFromBuffer", "The timing cache will not be used!")
 LOG = "build.log"
 TIMING_CACHE = "timing.cache"
 TIMINGS = "timings.json"  # that verify --time took
@@ -99,6 +101,7 @@ class BuildLog:
     file: TextIO
     warnings: int = 0
     error: str = ""
+    cache_refused: bool = False  # TensorRT did not take the timing cache that it was given, and built all the same
     full: OSError | None = None  # why the file could not be written to
     layers: str = ""  # TensorRT-RTX tells its layers in the verbose log, and nowhere else without a GPU
 
@@ -111,7 +114,8 @@ class BuildLog:
         ):  # closed after Ctrl-C, when TensorRT has not ended yet
             return
         self.warnings += severity == "WARNING"
-        if severity in ("ERROR", "INTERNAL_ERROR"):
+        self.cache_refused |= CACHE_REFUSED[-1] in message
+        if severity in ("ERROR", "INTERNAL_ERROR") and not any(words in message for words in CACHE_REFUSED):
             self.error = " ".join(message.split())
         try:
             self.file.write(f"{severity} {message}\n")
@@ -175,16 +179,19 @@ def build(request: Request, show: Show) -> list[Built]:
         if pending:
             (folder / TIMINGS).unlink(missing_ok=True)
         weights = request.load() if pending else Weights({})
-        rows = []
+        rows, refused = [], False
         for stage in request.stages:
             if stage not in pending:
                 plan = manifest.stages[stage]
                 rows.append(Built(stage, plan.seconds, plan.bytes, kept=True))
                 continue
-            plan, warnings = build_stage(request, stage, keys[stage], weights, show)
+            plan, log = build_stage(request, stage, keys[stage], weights, show)
+            if log.cache_refused and not refused:
+                refused = True
+                show.say("TensorRT does not take back its own timing cache: the kernels of every stage are timed anew.")
             manifest = manifest.with_stage(stage, plan)
             manifest.save()
-            rows.append(Built(stage, plan.seconds, plan.bytes, kept=False, warnings=warnings))
+            rows.append(Built(stage, plan.seconds, plan.bytes, kept=False, warnings=log.warnings))
     return rows
 
 
@@ -260,8 +267,8 @@ def check_space(request: Request, stages: list[str]) -> None:
         )
 
 
-def build_stage(request: Request, stage: str, key: str, weights: Weights, show: Show) -> tuple[StagePlan, int]:
-    """Build one stage and write its plan and report; returns its manifest entry and the number of warnings."""
+def build_stage(request: Request, stage: str, key: str, weights: Weights, show: Show) -> tuple[StagePlan, BuildLog]:
+    """Build one stage and write its plan and report; returns its manifest entry and what TensorRT said."""
     folder = request.manifest.folder
     begin = time.perf_counter()
     show.begin(stage, request.flavour.progress)
@@ -276,7 +283,7 @@ def build_stage(request: Request, stage: str, key: str, weights: Weights, show: 
             seconds = time.perf_counter() - begin
             entry = StagePlan(key, hashlib.sha256(plan).hexdigest(), plan.nbytes, round(seconds, 3))
             write_whole(folder / f"{stage}.plan", plan)
-            return entry, log.warnings
+            return entry, log
     except OSError as error:
         error.filename = error.filename or str(folder / LOG)
         raise

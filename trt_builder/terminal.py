@@ -126,11 +126,11 @@ def kinds_table(timed: Sequence[Timed]) -> Table:
 def slowest_table(timed: Sequence[Timed], count: int) -> Table:
     """The layers that take the longest, of all stages."""
     slowest = sorted(timed, key=lambda one: -one.ms)[:count]
-    made = table(f"the {len(slowest)} slowest layers", "stage", "layer", "kind", "tactic", "µs",
-                 left=["layer", "kind", "tactic"])  # fmt: skip
+    made = table(f"the {len(slowest)} slowest layers", "µs", "stage", "kind", "layer", "tactic",
+                 left=["stage", "kind", "layer", "tactic"])  # fmt: skip
     for one in slowest:
         name = one.layer.name.replace(f"{one.stage}/", "").replace(f"{one.stage}:", ":")
-        made.add_row(*map(escape, (one.stage, name, one.layer.kind, short(one.layer.tactic))), micro(one.ms))
+        made.add_row(micro(one.ms), *map(escape, (one.stage, one.layer.kind, name, short(one.layer.tactic))))
     return made
 
 

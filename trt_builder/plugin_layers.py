@@ -1,0 +1,189 @@
+"""The plugins that networks are made of, ours and the one that TensorRT 8.6 has, as a flavour gives them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from plugins.load import (
+    ADD,
+    ATTENTION_WIDTHS,
+    FIELDS_VERSION,
+    GROUP_NORM,
+    TRANSFORMER,
+    VERSION,
+    PluginError,
+    find,
+    load,
+)
+from trt_builder.config import Options
+
+if TYPE_CHECKING:
+    import tensorrt
+
+log = logging.getLogger(__name__)
+
+# Channels that TensorRT 8.6's own GroupNorm kernel divides into whole blocks; it also wants 32 groups, half
+# precision, and at most 32 rows (its workspace is that small, which it does not check).
+BUILT_IN_CHANNELS = frozenset((128, 256, 320, 512, 640, 960, 1280, 1920, 2560))
+BUILT_IN_ROWS = 32
+
+
+class FlavourError(ValueError):
+    """A flavour that is not installed, or cannot do what is asked; the message is one sentence."""
+
+
+class PluginLayers:
+    """What `Flavour` knows of plugins."""
+
+    name: str
+    trt: Any
+    strongly_typed: bool
+
+    @property
+    def label(self) -> str:
+        """Name and version, as a manifest holds them: "tensorrt 8.6.0"."""
+        return f"{self.name} {self.trt.__version__}"
+
+    @property
+    def rtx(self) -> bool:
+        """Whether this is TensorRT for RTX."""
+        return self.name == "tensorrt_rtx"
+
+    def plugins_win(self, precision: str, capability: str | None) -> bool:
+        """Whether our plugins are the usual choice: where they were measured to win, if compiled for this GPU.
+
+        That is TensorRT 8.6 in half precision. Says once why not where they could be had.
+        """
+        if self.strongly_typed or precision != "fp16":
+            return False
+        try:
+            library = find(self.trt.__version__)
+        except PluginError as why:
+            _say_once(f"Without our plugins, which make a step a quarter faster: {why}")
+            return False
+        if capability is None or capability.replace(".", "") not in library.architectures:
+            _say_once(f"Without our plugins: {library.path} is not for compute capability {capability}")
+            return False
+        return True
+
+    def group_norm_plugin(self, channels: int, rows: int, options: Options) -> Literal["own", "builtin"] | None:
+        """Which GroupNorm(+SiLU) plugin serves this many channels and rows; None where TensorRT's own layer does.
+
+        Raises FlavourError where a plugin is demanded and cannot be had.
+        """
+        if options.group_norm == "native":
+            return None
+        if options.group_norm == "own":
+            self._need(GROUP_NORM, "group-norm")
+            return "own"
+        reason = self._no_built_in(channels, rows, options)
+        if reason is None:
+            return "builtin"
+        if options.group_norm == "builtin":
+            raise FlavourError(f"there is no built-in GroupNorm: {reason}; use the option group_norm=auto or native")
+        if not self.rtx:
+            _say_once(f"GroupNorm is TensorRT's own layer here: {reason}")
+        return None
+
+    def load_plugins(self, options: Options) -> dict[str, str]:
+        """Load the plugins that networks of these options need; returns their names with the SHA-256 of their sources.
+
+        Raises FlavourError or PluginError where they cannot be had.
+        """
+        needed = [GROUP_NORM] * (options.group_norm == "own") + list(TRANSFORMER) * (options.attention == "own")
+        needed += [ADD] * (options.residual == "own")
+        if needed and self.rtx:
+            raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
+        return dict.fromkeys(needed, load(self.trt).source) if needed else {}
+
+    def _no_built_in(self, channels: int, rows: int, options: Options) -> str | None:
+        if self.rtx:
+            return "TensorRT-RTX takes no plugins"
+        if self._built_in() is None:
+            return f"{self.label} has none of its own"
+        if options.precision != "fp16":
+            return f"the one in {self.label} is for fp16 only"
+        if channels not in BUILT_IN_CHANNELS:
+            return f"the one in {self.label} does not take {channels} channels"
+        if rows > BUILT_IN_ROWS:
+            return f"the one in {self.label} takes {BUILT_IN_ROWS} rows at most, not {rows}"
+        return None
+
+    def _built_in(self) -> Any:
+        if self.strongly_typed:  # its V2 interface has no place in the newer API
+            return None
+        self.trt.init_libnvinfer_plugins(None, "")
+        return self._creator("GroupNorm", "1")
+
+    def _creator(self, name: str, version: str) -> Any:
+        registry = self.trt.get_plugin_registry()
+        return (registry.get_creator if self.strongly_typed else registry.get_plugin_creator)(name, version, "")
+
+    def add_built_in(
+        self,
+        network: tensorrt.INetworkDefinition,
+        inputs: Sequence[tensorrt.ITensor],
+        name: str,
+        epsilon: float,
+        silu: bool,
+    ) -> tensorrt.ILayer:
+        """Add TensorRT 8.6's own GroupNorm plugin over x, scale and bias; it knows 32 groups only."""
+        trt_, kinds = self.trt, self.trt.PluginFieldType
+        fields = [
+            trt_.PluginField("epsilon", np.array([epsilon], np.float32), kinds.FLOAT32),
+            trt_.PluginField("bSwish", np.array([silu], np.int32), kinds.INT32),
+        ]
+        plugin = self._built_in().create_plugin(name, trt_.PluginFieldCollection(fields))
+        return network.add_plugin_v2(list(inputs), plugin)
+
+    def has_transformer_plugins(self, width: int, options: Options) -> bool:
+        """Whether our plugins serve a SpatialTransformer with heads of this width.
+
+        Raises FlavourError where they are demanded and cannot be had at all.
+        """
+        if options.attention != "own":
+            return False
+        for plugin in TRANSFORMER:
+            self._need(plugin, "attention")
+        if width in ATTENTION_WIDTHS and options.precision == "fp16":
+            return True
+        _say_once(f"attention of {options.precision} heads {width} wide is TensorRT's own: the plugin has none for it")
+        return False
+
+    def has_add_plugin(self, options: Options) -> bool:
+        """Whether our plugin adds the residuals of ResBlocks; raises FlavourError where it cannot be had."""
+        if options.residual != "own" or options.precision != "fp16":
+            return False
+        self._need(ADD, "residual")
+        return True
+
+    def _need(self, plugin: str, option: str) -> None:
+        if self.rtx or self._creator(plugin, VERSION) is None:
+            why = "TensorRT-RTX takes no plugins" if self.rtx else "it was not loaded"
+            raise FlavourError(f"there is no plugin {plugin}: {why}; use another --{option}")
+
+    def add_own(
+        self, network: Any, plugin: str, inputs: Sequence[tensorrt.ITensor], name: str, **numbers: float
+    ) -> tensorrt.ILayer:
+        """Add one of our plugins with its fields, int32 or float as the number is an int or a float."""
+        trt_, kinds = self.trt, self.trt.PluginFieldType
+        fields = []
+        for field, value in {"version": FIELDS_VERSION, **numbers}.items():
+            whole = isinstance(value, int)
+            array = np.array([value], np.int32 if whole else np.float32)
+            fields.append(trt_.PluginField(field, array, kinds.INT32 if whole else kinds.FLOAT32))
+        collection, creator = trt_.PluginFieldCollection(fields), self._creator(plugin, VERSION)
+        if not self.strongly_typed:
+            return network.add_plugin_v2(list(inputs), creator.create_plugin(name, collection))
+        made = creator.create_plugin(name, collection, trt_.TensorRTPhase.BUILD)
+        return network.add_plugin_v3(list(inputs), [], made)
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.warning(message)
