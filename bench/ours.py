@@ -34,6 +34,7 @@ USUAL = {
 }  # fmt: skip
 COMPETITION = PipelineOptions(skip_text=False)  # its timing counts the text of every picture
 ABLATIONS = {
+    "as it is, again": COMPETITION,
     "text kept from the picture before": replace(COMPETITION, skip_text=True),
     "each step a graph": replace(COMPETITION, graph="step"),
     "no graph": replace(COMPETITION, graph="none"),
