@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runtime.manifest import EngineError
 
 FOLDER = Path(__file__).resolve().parent
@@ -19,9 +21,12 @@ LIB = FOLDER / "lib"
 SOURCES = ("CMakeLists.txt", "*.cuh", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
 GROUP_NORM, ATTENTION = "CannyGroupNorm", "CannyAttention"  # in TensorRT's registry
 LAYER_NORM, GEGLU, ADD = "CannyLayerNorm", "CannyGeglu", "CannyAdd"
+CONV = "CannyConv"
 TRANSFORMER = (ATTENTION, LAYER_NORM, GEGLU)  # what a transformer over a map is made of
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
+CONV_MULTIPLE = 64  # of the channels and filters that conv/kernel.cuh takes
+CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 
 
@@ -111,7 +116,7 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
 
     Raises PluginError as `load` does, and where the plugins here are others.
     """
-    unknown = sorted(needed.keys() - {GROUP_NORM, ADD, *TRANSFORMER})
+    unknown = sorted(needed.keys() - {GROUP_NORM, ADD, CONV, *TRANSFORMER})
     if unknown:
         raise PluginError(f"the engines need the plugin {unknown[0]}, which is not among those here: build them again.")
     if not needed:
@@ -122,3 +127,16 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
         theirs, ours = others[0][:12], library.source[:12]
         what = f"the engines were built with other plugins (sources {theirs}…) than are here ({ours}…)"
         raise PluginError(f"{what}: run `python -m trt_builder build` again.")
+
+
+def conv_blocks(weight: np.ndarray) -> np.ndarray:
+    """A weight (D, C, size, size) as the convolution plugin reads it: (D / 64, C / 64, size·size, 64, 64).
+
+    Each block has rows of 64 channels for 64 filters; the 8 channels number c of row r are at c xor r mod 8, which is
+    how products of a warpgroup find them in shared memory without bank conflicts (the 128-byte swizzle of the PTX ISA).
+    """
+    n, (filters, channels, *size) = CONV_MULTIPLE, weight.shape
+    blocks = weight.reshape(filters // n, n, channels // n, n // 8, 8, size[0] * size[1]).transpose(0, 2, 5, 1, 3, 4)
+    row, chunk = np.ogrid[:n, : n // 8]
+    swizzled = blocks[:, :, :, row, chunk ^ row % (n // 8)]
+    return np.ascontiguousarray(swizzled).reshape(*swizzled.shape[:3], n, n)

@@ -14,9 +14,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __device__
@@ -39,6 +42,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
@@ -56,6 +62,14 @@ struct Barrier {
     }
 };
 
+// A barrier in shared memory: its phase ends when all have arrived and every byte that is expected came.
+struct Phases {
+    Barrier barrier;
+    uint32_t count = 0, pending = 0;
+    int64_t bytes = 0;
+    bool seen = false;  // by copies in the background
+};
+
 struct Block {
     dim3 index;
     Barrier barrier;
@@ -65,12 +79,21 @@ struct Block {
     std::vector<const __half*> rows;                 // of matrices to be loaded
     std::vector<std::array<uint32_t, 6>> fragments;  // of matrices to be multiplied
     std::vector<unsigned char> shared;
+    std::map<uint32_t, Phases> phases;  // by address
 };
 
 // 16 bytes to be copied, zeros where `from` is null.
 struct Copy {
     void* to;
     const void* from;
+};
+
+// sums += a · b, to be done some time before it is waited for.
+struct Product {
+    float* sums;
+    int count;
+    const uint32_t* a;
+    uint64_t b;
 };
 
 struct Fiber {
@@ -82,6 +105,8 @@ struct Fiber {
     unsigned thread = 0;
     Block* block = nullptr;
     std::vector<std::vector<Copy>> copies = {{}};  // in groups, the last one open
+    std::vector<std::vector<Product>> products = {{}};
+    bool fenced = false, waited = false;  // registers before products; for the kernel before
 };
 
 constexpr size_t kStack = 64 << 10, kGuard = 256;
@@ -92,6 +117,16 @@ inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
 inline void (*work)(const void*) = nullptr;
 inline const void* argument = nullptr;
+inline std::vector<std::function<void()>> background;  // what copies will do
+inline bool at_once = false;                           // or do as soon as they are asked for
+inline std::string fault;                              // what a thread did wrong
+
+inline void later(std::function<void()> action) {
+    if (at_once)
+        action();
+    else
+        background.push_back(std::move(action));
+}
 
 inline void pause() {
     if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
@@ -173,6 +208,7 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
         block.rows.assign(threads, nullptr);
         block.fragments.resize(threads);
         block.shared.assign(shared + kGuard, 0xff);
+        block.phases.clear();
         for (int t = 0; t < threads; t++) {
             Fiber& fiber = *fibers[b * threads + t];
             fiber.block = &block;
@@ -180,14 +216,29 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
             fiber.done = false;
             fiber.waits = nullptr;
             fiber.copies = {{}};
+            fiber.products = {{}};
+            fiber.fenced = fiber.waited = false;
         }
     }
+    fault.clear();
+    background.clear();
     for (bool moved = true; moved;) {
         if (random) std::shuffle(order.begin(), order.end(), *random);
         moved = random ? sweep(order.data(), int(order.size())) > 0 : run_ahead(order, threads);
+        bool comes = !background.empty() && (!moved || (random && (*random)() % 2));
+        if (comes) {  // one copy at a time, as late as possible or at random
+            auto which = background.begin() + (random ? (*random)() % background.size() : 0);
+            std::function<void()> action = std::move(*which);
+            background.erase(which);
+            action();
+            moved = true;
+        }
     }
+    if (!fault.empty()) throw std::runtime_error(fault);
     for (int i : order)
         if (!fibers[i]->done) throw std::runtime_error("a barrier was not reached by all threads");
+    for (int i : order)
+        if (fibers[i]->products.size() > 1) throw std::runtime_error("products that nobody waited for");
     for (int b = 0; b < size; b++)
         for (size_t i = shared; i < shared + kGuard; i++)
             if (blocks[b].shared[i] != 0xff) throw std::runtime_error("a write beyond the shared memory");
@@ -210,6 +261,7 @@ void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t 
     for (size_t i = 0; i < sequence.size(); i++) sequence[i] = order == 1 ? int(sequence.size() - 1 - i) : int(i);
     while (fibers.size() < sequence.size()) fibers.push_back(std::make_unique<Fiber>());
     std::mt19937 random(order);
+    at_once = order == 1;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x += cluster_size) {
@@ -248,7 +300,7 @@ inline void cluster_arrive() {
 
 inline void cluster_wait() { emulator::wait(emulator::cluster, emulator::current->cluster_generation); }
 
-inline void wait_for_previous() {}
+inline void wait_for_previous() { emulator::current->waited = true; }
 
 inline float cluster_read(const float* mine, int rank) {
     size_t offset = reinterpret_cast<const char*>(mine) - shared_memory();
@@ -263,98 +315,5 @@ inline float to_float(__half x) { return float(x); }
 inline float to_float(float x) { return x; }
 inline void from_float(float x, __half& y) { y = __half(x); }
 inline void from_float(float x, float& y) { y = x; }
-
-// -- of attention/mma.cuh ---------------------------------------------------------------------------------------------
-
-inline uint32_t pack(float low, float high) {
-    __half both[2] = {__half(low), __half(high)};
-    uint32_t packed;
-    std::memcpy(&packed, both, sizeof packed);
-    return packed;
-}
-
-inline float unpack(uint32_t packed, int which) {
-    __half both[2];
-    std::memcpy(both, &packed, sizeof packed);
-    return float(both[which]);
-}
-
-template <int kGroups>
-void group_sync(int32_t group, int32_t threads) {
-    if (group >= kGroups) return;
-    emulator::Barrier& barrier = emulator::current->block->groups[group];
-    barrier.size = threads;
-    emulator::meet(barrier);
-}
-
-// Rows of kCount matrices by address, one from each thread; `get(rows, lane)` is what a thread gets of each matrix.
-template <int kCount, typename Get>
-void load_by_warp(uint32_t (&r)[kCount], const __half* row, Get get) {
-    emulator::Block& block = *emulator::current->block;
-    unsigned me = emulator::current->thread, first = me / 32 * 32;
-    block.rows[me] = row;
-    emulator::meet(block.warps[me / 32]);
-    for (int j = 0; j < kCount; j++) r[j] = get([&](int i) { return block.rows[first + 8 * j + i]; }, int(me % 32));
-    emulator::meet(block.warps[me / 32]);
-}
-
-inline void load_matrices(uint32_t (&r)[4], const __half* row) {
-    load_by_warp(r, row, [](auto rows, int lane) {
-        const __half* two = rows(lane / 4) + lane % 4 * 2;
-        return pack(float(two[0]), float(two[1]));
-    });
-}
-
-template <int kCount>
-void load_transposed(uint32_t (&r)[kCount], const __half* row) {
-    load_by_warp(r, row, [](auto rows, int lane) {
-        int first = lane % 4 * 2;
-        return pack(float(rows(first)[lane / 4]), float(rows(first + 1)[lane / 4]));
-    });
-}
-
-// The product over `depth` columns of a.
-inline void multiply(float (&c)[4], const std::array<uint32_t, 6>& mine, unsigned depth) {
-    emulator::Block& block = *emulator::current->block;
-    unsigned me = emulator::current->thread, first = me / 32 * 32, lane = me % 32;
-    block.fragments[me] = mine;
-    emulator::meet(block.warps[me / 32]);
-    for (unsigned i = 0; i < 4; i++) {
-        unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
-        for (unsigned k = 0; k < depth; k++) {
-            const auto& left = block.fragments[first + row * 4 + k % 8 / 2];
-            const auto& right = block.fragments[first + column * 4 + k % 8 / 2];
-            c[i] += unpack(left[i / 2 + k / 8 * 2], k % 2) * unpack(right[4 + k / 8], k % 2);
-        }
-    }
-    emulator::meet(block.warps[me / 32]);
-}
-
-inline void multiply(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-    multiply(c, {a[0], a[1], a[2], a[3], b0, b1}, 16);
-}
-
-inline void multiply(float (&c)[4], const uint32_t* a, uint32_t b) { multiply(c, {a[0], a[1], 0, 0, b, 0}, 8); }
-
-inline void copy_16(void* to, const void* from, bool there) {
-    emulator::current->copies.back().push_back({to, there ? from : nullptr});
-}
-
-inline void copies_commit() { emulator::current->copies.emplace_back(); }
-
-// Copies come as late as they may.
-template <int kLeft>
-void copies_wait() {
-    auto& groups = emulator::current->copies;
-    while (groups.size() > kLeft + 1) {
-        for (const emulator::Copy& copy : groups.front()) {
-            if (copy.from)
-                std::memcpy(copy.to, copy.from, 16);
-            else
-                std::memset(copy.to, 0, 16);
-        }
-        groups.erase(groups.begin());
-    }
-}
 
 }  // namespace canny

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_group_norm import compile_emulator
 
-from plugins.call import Geglu, LayerNorm, Sum, error
+from plugins.call import error
+from plugins.call_tokens import Geglu, LayerNorm, Sum
 
 KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "tokens"
 GUARD = 4096  # bytes before and after each array, which nothing may touch

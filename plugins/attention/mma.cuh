@@ -1,11 +1,13 @@
 // What attention needs of a GPU beyond plain CUDA: matrix products of a warp, and copies that run in the background.
 //
-// tests/kernel_emulator.hpp has the same names for a CPU.
+// tests/mma_emulator.hpp has the same names for a CPU.
 #pragma once
 
 #include "../group_norm/device.cuh"
 
-#ifndef EMULATE_CUDA
+#ifdef EMULATE_CUDA
+#include "mma_emulator.hpp"
+#else
 namespace canny {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

@@ -1,0 +1,126 @@
+"""Convolutions of small maps without TensorRT; as `plugins.call`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from plugins.call import OnGpu
+from plugins.load import conv_blocks
+from runtime.engine import check, cuda_runtime
+
+
+class CannyConv(ctypes.Structure):
+    """The structure of the same name in conv/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y")),
+        *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
+        *((name, ctypes.c_int32) for name in ("residual_batch", "cluster", "wide")),
+    ]
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """How a call is cut: rows and filters of a tile, the blocks that share it, all blocks, places in shared memory for x
+    and for weights, its bytes, and the time predicted on an H200.
+    """
+
+    high: int
+    wide: int
+    cluster: int
+    blocks: int
+    x_places: int
+    places: int
+    shared: int
+    predicted_us: float
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution of x (B, C, h, w) to D filters, all channels-last in half precision; sides are rounded up.
+
+    residual_batch: 0 without a residual, else how many rows of the batch it has, taken in turn.
+    cluster, wide: how it is cut, blocks that share a tile and filters of a tile; 0 leaves it to the kernel.
+    """
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    size: int = 3
+    stride: int = 1
+    residual_batch: int = 0
+    cluster: int = 0
+    wide: int = 0
+
+    @property
+    def out(self) -> tuple[int, int, int, int]:
+        """The shape of y in memory, (B, h, w, D)."""
+        return self.batch, -(-self.height // self.stride), -(-self.width // self.stride), self.filters
+
+    @property
+    def rows(self) -> int:
+        """B·h·w of y."""
+        return self.out[0] * self.out[1] * self.out[2]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights, the least that must be read."""
+        return 2 * self.filters * self.size**2 * self.channels
+
+    @property
+    def flop(self) -> int:
+        """Multiplications and additions."""
+        return self.rows * self.weights
+
+    def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random x (B, h, w, C), weight (D, C, size, size) that keeps its deviation, bias (D), and the residual."""
+        rng = np.random.default_rng(seed)
+        shapes = {"x": (self.batch, self.height, self.width, self.channels)}
+        shapes["weight"] = (self.filters, self.channels, self.size, self.size)
+        if self.residual_batch:
+            shapes["residual"] = (self.residual_batch, *self.out[1:])
+        made = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        made["weight"] *= np.float32((self.size**2 * self.channels) ** -0.5)
+        bias = rng.standard_normal(self.filters, np.float32)
+        return {name: array.astype(np.float16) for name, array in made.items()} | {"bias": bias}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (B, h, w, D) in float64."""
+        border, (_, h, w, _) = self.size // 2, self.out
+        x = np.pad(arrays["x"].astype(np.float64), [(0, 0), (border, border), (border, border), (0, 0)])
+        y = np.zeros(self.out) + arrays["bias"]
+        for i, j in np.ndindex(self.size, self.size):
+            part = x[:, i : i + self.height : self.stride, j : j + self.width : self.stride]
+            y += part[:, :h, :w] @ arrays["weight"][:, :, i, j].astype(np.float64).T
+        if self.residual_batch:
+            y += np.concatenate([arrays["residual"].astype(np.float64)] * (self.batch // self.residual_batch))
+        return y
+
+    def memory(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What lies in memory: the weights as the kernel reads them, and y."""
+        return {**arrays, "weight": conv_blocks(arrays["weight"]), "y": np.full(self.out, np.nan, np.float16)}
+
+    def call(self) -> CannyConv:
+        """The call, without addresses."""
+        names = {name for name, _ in CannyConv._fields_}
+        return CannyConv(**{name: value for name, value in vars(self).items() if name in names})
+
+    def plan(self, library: Any) -> ConvPlan | None:
+        """How the call is cut; None where there is no kernel for it."""
+        out = (ctypes.c_int32 * 8)()
+        library.canny_conv_plan(ctypes.byref(self.call()), out)
+        groups, wide, cluster, blocks, x_places, places, shared, ns = out
+        return ConvPlan(64 * groups, wide, cluster, blocks, x_places, places, shared, ns / 1000) if groups else None
+
+
+def conv_on_gpu(library: Any, conv: Conv, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A convolution on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    return OnGpu(library.canny_conv, conv.call(), conv.memory(arrays), lambda y: y)

@@ -1,0 +1,164 @@
+// What convolutions need of a GPU of compute capability 9.0: products of a warpgroup, barriers in shared memory that
+// count arrivals and bytes, and copies that report to them.
+//
+// tests/hopper_emulator.hpp has the same names for a CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "../attention/mma.cuh"
+
+#ifdef EMULATE_CUDA
+#include "hopper_emulator.hpp"
+#else
+namespace canny {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define CANNY_HOPPER 1
+#endif
+
+// -- barriers: a phase ends when `count` have arrived and every byte that is expected came ----------------------------
+
+__device__ __forceinline__ void barrier_begin(uint32_t barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Let the copies of the asynchronous proxy see the barriers that this thread has begun.
+__device__ __forceinline__ void barriers_begun() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrive, and let the phase wait for so many bytes more.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrive once every copy_16 of this thread has landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Wait for the end of the phase of this parity: 0 for the first, 1 for the second, …
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done = 0;
+    while (!done)
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory"
+        );
+}
+
+// Begin to copy bytes that lie side by side, a multiple of 16, to shared memory; they count for the barrier.
+__device__ __forceinline__ void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+        "r"(bytes), "r"(barrier)
+        : "memory"
+    );
+}
+
+// -- products ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void products_begin() {
+#ifdef CANNY_HOPPER
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// What was asked for since the last commit is one group; wait until at most kLeft groups are under way.
+__device__ __forceinline__ void products_commit() {
+#ifdef CANNY_HOPPER
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+template <int kLeft>
+__device__ __forceinline__ void products_wait() {
+#ifdef CANNY_HOPPER
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// The compiler is not to have used the sums before this.
+template <int kCount>
+__device__ __forceinline__ void products_done(float (&c)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+#define CANNY_SUMS(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define CANNY_SUMS_16(i) CANNY_SUMS(i), CANNY_SUMS(i + 4), CANNY_SUMS(i + 8), CANNY_SUMS(i + 12)
+
+// c (64×64, float) += a (64×16, half) · b (64×16, half) transposed, by the four warps of a warpgroup. Each has 16 rows
+// of a and c, in the fragments of mma.m16n8k16; b is in shared memory. c is only to be read after products_wait, and a
+// only to be changed then.
+__device__ __forceinline__ void multiply_group(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
+#ifdef CANNY_HOPPER
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+        : CANNY_SUMS_16(0), CANNY_SUMS_16(16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+    );
+#endif
+}
+
+// The same with 128 rows of b.
+__device__ __forceinline__ void multiply_group(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+#ifdef CANNY_HOPPER
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
+        : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+    );
+#endif
+}
+
+#undef CANNY_SUMS
+#undef CANNY_SUMS_16
+
+// -- clusters and grids -----------------------------------------------------------------------------------------------
+
+// Four floats that lie at the address of `mine` in the shared memory of the block number `rank` of the cluster.
+__device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
+    float4 v;
+    uint32_t theirs;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(theirs)
+                 : "memory");
+    return v;
+}
+
+// The next kernel, if it was launched to begin early, may be set up as soon as every block has called this.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+}  // namespace canny
+#endif
+
+namespace canny {
+
+// Where a matrix of rows of 64 halves lies: the 16 bytes number c of row r at 128 r + 16 (c xor r mod 8), from an
+// address that is a multiple of 1024 on. 16 columns further is 2 more.
+__device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
+    constexpr uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
+    return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | kEightRows << 32 | kSwizzle128 << 62;
+}
+
+}  // namespace canny

@@ -1,0 +1,277 @@
+// Convolutions of small maps as matrix products (B·h·w) × (taps·channels) × filters, in half precision with sums in
+// float. With few positions the time is that of reading the weights, once and all at the same time:
+//
+// - A tile is up to 192 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
+//   products' length, and they add up through each other's shared memory, always in the same order.
+// - One warp has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Three
+//   copy the positions' channels, 64 of them once for all nine taps. Barriers tell who waits for whom.
+// - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
+#pragma once
+
+#include "plan.h"
+
+#include "hopper.cuh"
+
+namespace canny {
+
+// A ring of places in shared memory that one side fills and the other empties.
+struct ConvRing {
+    uint32_t full, empty;  // barriers, 8 bytes for each place
+    int32_t places, place = 0;
+    uint32_t turn = 0;
+
+    __device__ __forceinline__ ConvRing(uint32_t barriers, int32_t places)
+        : full(barriers), empty(barriers + 8 * places), places(places) {}
+
+    __device__ __forceinline__ void begin(uint32_t fillers, uint32_t emptiers) const {
+        for (int32_t i = 0; i < places; i++) {
+            barrier_begin(full + 8 * i, fillers);
+            barrier_begin(empty + 8 * i, emptiers);
+        }
+    }
+
+    __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * place, turn & 1); }
+
+    __device__ __forceinline__ void wait_empty() const {
+        if (turn) barrier_wait(empty + 8 * place, (turn - 1) & 1);
+    }
+
+    __device__ __forceinline__ void next() {
+        if (++place == places) place = 0, turn++;
+    }
+};
+
+template <int kGroups, int kWide>
+struct ConvBlock {
+    static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kSumsPitch = kWide + 8;  // pitch: no bank conflicts
+    static constexpr int kUnit = kWide * kConvDeep;                                        // weights of a unit
+    static constexpr int kConsumers = kGroups * kConvWarpgroup;
+
+    const ConvParams& p;
+    char* memory;
+    __half *weights, *positions, *zeros;
+    uint32_t barriers;
+    int32_t first_row, first_filter, rank, first, last;  // units from first to before last are this block's
+    ConvRange range;
+
+    __device__ __forceinline__ explicit ConvBlock(const ConvParams& params) : p(params) {
+        memory = shared_memory() + (0u - shared_address(shared_memory())) % kConvAlign;
+        weights = reinterpret_cast<__half*>(memory);
+        positions = weights + p.places * kUnit;
+        zeros = positions + p.x_places * p.x_rows * kConvPitch;
+        barriers = shared_address(zeros + kConvZeros * kConvPitch);
+        rank = blockIdx.x % p.cluster;
+        first_filter = blockIdx.x / p.cluster * kWide;
+        first_row = blockIdx.y * kHigh;
+        first = p.units * rank / p.cluster;
+        last = p.units * (rank + 1) / p.cluster;
+        range = conv_range(p, first_row, kHigh);
+    }
+
+    __device__ __forceinline__ ConvRing weights_ring() const { return {barriers, p.places}; }
+    __device__ __forceinline__ ConvRing positions_ring() const { return {barriers + 16 * p.places, p.x_places}; }
+
+    __device__ __forceinline__ void begin_barriers() const {
+        weights_ring().begin(1, kConsumers / 32);
+        positions_ring().begin(kConvLoaders, kConsumers / 32);
+        barriers_begun();
+    }
+
+    __device__ __forceinline__ void clear_zeros() const {
+        for (int32_t i = threadIdx.x; i < kConvZeros * kConvPitch / 2; i += kConsumers)
+            reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+    }
+
+    // One thread: have the weights of units copied, from `unit` to before `end`.
+    __device__ __forceinline__ void copy_weights(ConvRing& ring, int32_t unit, int32_t end) const {
+        const __half* from = static_cast<const __half*>(p.call.weight) +
+                             (int64_t(first_filter / 64) * p.units + unit) * kConvBlock;
+        for (; unit < end; unit++, from += kConvBlock) {
+            ring.wait_empty();
+            uint32_t barrier = ring.full + 8 * ring.place;
+            barrier_expect(barrier, kUnit * sizeof(__half));
+#pragma unroll
+            for (int32_t i = 0; i < kWide / 64; i++)
+                copy_block(
+                    shared_address(weights + ring.place * kUnit + i * kConvBlock),
+                    from + int64_t(i) * p.units * kConvBlock, kConvBlock * sizeof(__half), barrier
+                );
+            ring.next();
+        }
+    }
+
+    // The loaders, of which this is number `me`: copy 64 channels of all positions at a time.
+    __device__ __forceinline__ void copy_positions(int32_t me) const {
+        ConvRing ring = positions_ring();
+        constexpr int32_t kStep = kConvLoaders / 8;
+        int32_t column = me % 8 * 8, rows = range.last - range.first;
+        const __half* x = static_cast<const __half*>(p.call.x) + int64_t(range.first) * p.call.channels + column;
+        for (int32_t part = first / p.taps; part <= (last - 1) / p.taps; part++) {
+            ring.wait_empty();
+            __half* to = positions + ring.place * p.x_rows * kConvPitch + column;
+            const __half* from = x + part * kConvDeep;
+#pragma unroll 4
+            for (int32_t row = me / 8; row < rows; row += kStep)
+                copy_16(to + row * kConvPitch, from + int64_t(row) * p.call.channels, true);
+            barrier_arrive_after_copies(ring.full + 8 * ring.place);
+            ring.next();
+        }
+    }
+
+    // The warpgroups: multiply, then leave the sums where the cluster finds them, in place of everything else.
+    __device__ __forceinline__ void multiply(float (&sums)[kSums]) const {
+        int32_t lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 * 16 + lane % 16;
+        int32_t at = conv_source(p, row) - range.first, channel = lane / 16 * 8;
+        uint32_t exist = row < p.rows ? existing_taps(row) : 0;
+        ConvRing ring = weights_ring(), x_ring = positions_ring();
+        int32_t tap = first - first / p.taps * p.taps;
+        uint32_t a[2][4][4];
+        x_ring.wait_full();
+        pick(a[0], x_ring.place, at, exist, tap, channel);
+        auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
+            ring.wait_full();
+            uint64_t b = matrix_at(shared_address(weights + ring.place * kUnit));
+            products_begin();
+#pragma unroll
+            for (int k = 0; k < 4; k++) multiply_group(sums, mine[k], b + 2 * k);
+            products_commit();
+            int32_t x_place = x_ring.place;
+            if (++tap == p.taps) tap = 0, x_ring.next();
+            if (unit + 1 < last) {
+                if (tap == 0) x_ring.wait_full();
+                pick(after, x_ring.place, at, exist, tap, channel);
+            }
+            products_wait<0>();
+            if (lane == 0) {
+                barrier_arrive(ring.empty + 8 * ring.place);
+                if (tap == 0) barrier_arrive(x_ring.empty + 8 * x_place);
+            }
+            ring.next();
+        };
+        for (int32_t unit = first; unit < last; unit += 2) {
+            step(a[0], a[1], unit);
+            if (unit + 1 < last) step(a[1], a[0], unit + 1);
+        }
+        products_done(sums);
+    }
+
+    // Which taps of a row of y lie in the map, a bit each.
+    __device__ __forceinline__ uint32_t existing_taps(int32_t row) const {
+        int32_t size = p.call.size, line = row / p.out_width, border = size / 2;
+        int32_t top = line % p.out_height * p.call.stride - border;
+        int32_t left = (row - line * p.out_width) * p.call.stride - border;
+        uint32_t bits = 0;
+        for (int32_t k = 0; k < p.taps; k++) {
+            int32_t down = top + k / size, right = left + k % size;
+            bits |= uint32_t(down >= 0 && down < p.call.height && right >= 0 && right < p.call.width) << k;
+        }
+        return bits;
+    }
+
+    // This warp's 16 positions × 64 channels of a tap; `at`, `exist` and `channel` are of the row that this lane names.
+    __device__ __forceinline__ void pick(
+        uint32_t (&a)[4][4], int32_t place, int32_t at, uint32_t exist, int32_t tap, int32_t channel
+    ) const {
+        int32_t line = p.taps == 9 ? tap / 3 : 1, column = p.taps == 9 ? tap - 3 * line : 1;
+        int32_t row = at + (line - 1) * p.call.width + column - 1;
+        const __half* from = positions + (place * p.x_rows + row) * kConvPitch;
+        if (!(exist >> tap & 1)) from = zeros + (row & (kConvZeros - 1)) * kConvPitch;
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_matrices(a[k], from + channel + 16 * k);
+    }
+
+    __device__ __forceinline__ void lay_out(const float (&sums)[kSums]) const {
+        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+        float* to = reinterpret_cast<float*>(memory) + row * kSumsPitch + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < kSums; i += 2)
+            *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * kSumsPitch + i / 4 * 8) = make_float2(sums[i], sums[i + 1]);
+    }
+
+    // Add up this block's share of the tile over the cluster, with bias and residual, and store it: 8 filters a time.
+    __device__ __forceinline__ void store() const {
+        const CannyConv& c = p.call;
+        constexpr int32_t kVectors = kWide / 8;
+        int32_t rows = p.rows - first_row < kHigh ? p.rows - first_row : kHigh;
+        int32_t count = rows * kVectors, residual_rows = c.residual_batch * p.out_height * p.out_width;
+        for (int32_t i = count * rank / p.cluster + threadIdx.x; i < count * (rank + 1) / p.cluster; i += blockDim.x) {
+            int32_t at = i / kVectors, column = i % kVectors * 8, row = first_row + at, filter = first_filter + column;
+            const float* mine = reinterpret_cast<const float*>(memory) + at * kSumsPitch + column;
+            float y[8];
+            for (int k = 0; k < 8; k++) y[k] = c.bias[filter + k];
+            add_up(y, mine);
+            Vector<__half> v;
+            if (c.residual) {
+                v.load(static_cast<const __half*>(c.residual) + int64_t(row % residual_rows) * c.filters + filter);
+#pragma unroll
+                for (int k = 0; k < 8; k++) y[k] += to_float(v.value[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < 8; k++) from_float(y[k], v.value[k]);
+            v.store(static_cast<__half*>(c.y) + int64_t(row) * c.filters + filter);
+        }
+    }
+
+    // Everything is asked for before anything is added: the way to another block's memory is long.
+    __device__ __forceinline__ void add_up(float (&y)[8], const float* mine) const {
+        float4 parts[kConvMostCluster][2];
+#pragma unroll
+        for (int other = 0; other < kConvMostCluster; other++)
+            if (other < p.cluster)
+                for (int k = 0; k < 2; k++) parts[other][k] = cluster_read_4(mine + 4 * k, other);
+#pragma unroll
+        for (int other = 0; other < kConvMostCluster; other++)
+            if (other < p.cluster)
+                for (int k = 0; k < 2; k++) {
+                    const float4& part = parts[other][k];
+                    y[4 * k] += part.x, y[4 * k + 1] += part.y, y[4 * k + 2] += part.z, y[4 * k + 3] += part.w;
+                }
+    }
+};
+
+// Grid: blocks of a cluster times tiles of filters, tiles of rows.
+template <int kGroups, int kWide>
+__global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p) {
+    using Block = ConvBlock<kGroups, kWide>;
+    Block block(p);
+    int32_t helper = int32_t(threadIdx.x) - Block::kConsumers, ahead = min(block.last, block.first + p.places);
+    ConvRing ring = block.weights_ring();
+    if (helper == kConvLoaders) {
+        block.begin_barriers();
+        block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
+    }
+    if (helper < 0) block.clear_zeros();
+    __syncthreads();  // barriers and zeros are there
+    let_next_begin();
+    wait_for_previous();
+    if (helper < 0) {
+        float sums[Block::kSums] = {};
+        block.multiply(sums);
+        group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
+        block.lay_out(sums);
+    } else if (helper < kConvLoaders) {
+        block.copy_positions(helper);
+    } else if (helper == kConvLoaders) {
+        block.copy_weights(ring, ahead, block.last);
+    }
+    __syncthreads();  // the sums are there
+    if (p.cluster > 1) cluster_arrive(), cluster_wait();
+    block.store();
+    if (p.cluster > 1) cluster_arrive(), cluster_wait();  // nobody reads this block's memory any more
+}
+
+// Do a call with `launch(kernel, grid, cluster, threads, bytes of shared memory, params)`; false where its shape has no
+// kernel.
+template <typename Launch>
+bool run_conv(const CannyConv& call, Launch&& launch) {
+    ConvPlan plan = conv_plan(call);
+    if (!plan.groups) return false;
+    const ConvParams& p = plan.params;
+    int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups);
+    dim3 grid(call.filters / plan.wide * p.cluster, (p.rows + high - 1) / high);
+    auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, p); };
+    if (plan.wide == 64) return plan.groups == 1 ? go(conv<1, 64>) : plan.groups == 2 ? go(conv<2, 64>) : go(conv<3, 64>);
+    return plan.groups == 1 ? go(conv<1, 128>) : plan.groups == 2 ? go(conv<2, 128>) : go(conv<3, 128>);
+}
+
+}  // namespace canny

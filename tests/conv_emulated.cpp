@@ -1,0 +1,22 @@
+// The kernels of plugins/conv, as they are written, on a CPU.
+#define EMULATE_CUDA
+#include <cstdio>
+
+#include "kernel.cuh"
+
+// Do one convolution; 0, 1 where there is no kernel for it, 2 for what the emulator found wrong.
+extern "C" int emulate_conv(const CannyConv* call, int order) {
+    try {
+        bool done = canny::run_conv(*call, [&](auto kernel, dim3 grid, int cluster, int threads, int bytes, const auto& p) {
+            emulator::launch<const canny::ConvParams>(kernel, grid, cluster, threads, bytes, p, order);
+            return true;
+        });
+        return done ? 0 : 1;
+    } catch (const std::exception& error) {
+        fprintf(stderr, "%s\n", error.what());
+        return 2;
+    }
+}
+
+// How a call is cut, as in kernel.h.
+extern "C" void canny_conv_plan(const CannyConv* call, int32_t* out) { canny::conv_facts(*call, out); }

@@ -1,0 +1,165 @@
+// plugins/conv/hopper.cuh for a CPU: products of warpgroups, barriers in shared memory and copies in the background.
+//
+// Both are done as late as they may: products when they are waited for, of the registers and the memory as they are
+// then; copies when nothing else can go on, in other orders of threads at once or at random.
+#pragma once
+
+#include "mma_emulator.hpp"
+
+namespace emulator {
+
+constexpr uint32_t kSharedBegins = 1040;  // shared memory begins at no multiple of what matrices want
+
+inline unsigned char* shared_at(Block& block, uint32_t address) { return block.shared.data() + address - kSharedBegins; }
+
+inline void wrong(const char* what) {
+    if (fault.empty()) fault = what;
+}
+
+inline void settle(Phases& one) {
+    if (one.pending || one.bytes) return;
+    one.pending = one.count;
+    one.barrier.generation++;
+}
+
+inline void arrive(Phases& one) {
+    if (!one.pending) return wrong("more arrive at a barrier than it was begun for");
+    one.pending--;
+    settle(one);
+}
+
+inline Phases& phases_at(Block& block, uint32_t address) {
+    Phases& one = block.phases[address];
+    if (!one.count) wrong("a barrier that was not begun");
+    return one;
+}
+
+inline float half_of(uint32_t packed, int which) {
+    __half both[2];
+    std::memcpy(both, &packed, sizeof packed);
+    return float(both[which]);
+}
+
+// Element (row, k) of a matrix by its descriptor, k below 16.
+inline float element(Block& block, uint64_t descriptor, uint32_t row, uint32_t k) {
+    uint32_t begin = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+    uint32_t mode = uint32_t(descriptor >> 62), shifted = uint32_t(descriptor >> 49 & 7);
+    if (mode != 1 || shifted) wrong("a matrix that is not swizzled by 128 bytes");
+    if (begin % 1024 >= 128) wrong("a matrix that does not begin at a multiple of 1024");
+    uint32_t address = begin + row / 8 * eight_rows + row % 8 * 128 + k * 2;
+    address ^= (address >> 7 & 7) << 4;
+    if (address < kSharedBegins || address + 2 > kSharedBegins + block.shared.size()) {
+        wrong("a matrix outside of the shared memory");
+        return NAN;
+    }
+    __half value;
+    std::memcpy(&value, shared_at(block, address), sizeof value);
+    return float(value);
+}
+
+// This thread's part of product number `which` of its oldest group, of the fragments of its whole warp.
+inline void multiply(Block& block, size_t which) {
+    unsigned lane = current->thread % 32;
+    size_t warp = (&block - blocks.data()) * blockDim.x + current->thread / 32 * 32;
+    Product& mine = current->products.front()[which];
+    for (int j = 0; j < mine.count; j++) {
+        unsigned high = j / 2 % 2, column = j / 4 * 8 + lane % 4 * 2 + j % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            const Product& theirs = fibers[warp + lane / 4 * 4 + k % 8 / 2]->products.front()[which];
+            mine.sums[j] += half_of(theirs.a[high + k / 8 * 2], k % 2) * element(block, mine.b, column, k);
+        }
+    }
+}
+
+}  // namespace emulator
+
+namespace canny {
+
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const char*>(p) - shared_memory()) + emulator::kSharedBegins;
+}
+
+inline void barrier_begin(uint32_t barrier, uint32_t count) {
+    emulator::current->block->phases[barrier] = {{}, count, count, 0, false};
+}
+
+inline void barriers_begun() {
+    for (auto& one : emulator::current->block->phases) one.second.seen = true;
+}
+
+inline void barrier_arrive(uint32_t barrier) {
+    emulator::arrive(emulator::phases_at(*emulator::current->block, barrier));
+}
+
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    emulator::Phases& one = emulator::phases_at(*emulator::current->block, barrier);
+    one.bytes += bytes;
+    emulator::arrive(one);
+}
+
+inline void barrier_arrive_after_copies(uint32_t barrier) {
+    emulator::Phases& one = emulator::phases_at(*emulator::current->block, barrier);
+    auto copies = std::move(emulator::current->copies.back());
+    emulator::current->copies = {{}};
+    emulator::later([&one, copies] {
+        for (const emulator::Copy& copy : copies) std::memcpy(copy.to, copy.from, 16);
+        emulator::arrive(one);
+    });
+}
+
+inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+    emulator::Phases& one = emulator::phases_at(*emulator::current->block, barrier);
+    while (one.count && (one.barrier.generation & 1) == parity) emulator::wait(one.barrier, one.barrier.generation);
+}
+
+inline void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    emulator::Block& block = *emulator::current->block;
+    emulator::Phases& one = emulator::phases_at(block, barrier);
+    if (!one.seen) emulator::wrong("a barrier that copies do not see yet");
+    if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::wrong("a copy of no whole vectors");
+    emulator::later([&block, &one, to, from, bytes] {
+        std::memcpy(emulator::shared_at(block, to), from, bytes);
+        one.bytes -= bytes;
+        emulator::settle(one);
+    });
+}
+
+inline void products_begin() { emulator::current->fenced = true; }
+
+inline void products_commit() {
+    emulator::current->products.emplace_back();
+    emulator::current->fenced = false;
+}
+
+template <int kCount>
+void multiply_group(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b) {
+    if (!emulator::current->fenced) emulator::wrong("a product without a fence before it");
+    emulator::current->products.back().push_back({c, kCount, a, b});
+}
+
+template <int kLeft>
+void products_wait() {
+    emulator::Block& block = *emulator::current->block;
+    emulator::Barrier& warp = block.warps[emulator::current->thread / 32];
+    auto& groups = emulator::current->products;
+    while (groups.size() > kLeft + 1) {
+        emulator::meet(warp);  // a warp's registers are not changed before all of it is here
+        for (size_t i = 0; i < groups.front().size(); i++) emulator::multiply(block, i);
+        emulator::meet(warp);
+        groups.erase(groups.begin());
+    }
+}
+
+template <int kCount>
+void products_done(float (&)[kCount]) {}
+
+inline float4 cluster_read_4(const float* mine, int rank) {
+    float4 value;
+    emulator::Block& theirs = emulator::blocks[rank];
+    std::memcpy(&value, emulator::shared_at(theirs, shared_address(mine)), sizeof value);
+    return value;
+}
+
+inline void let_next_begin() {}
+
+}  // namespace canny

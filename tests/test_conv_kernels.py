@@ -1,0 +1,146 @@
+"""The convolution kernels on a CPU: as they are written, in an emulator, against float64."""
+
+import ctypes
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_group_norm import compile_emulator
+
+from plugins.call import error
+from plugins.call_conv import Conv
+
+KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "conv"
+GUARD = 4096  # bytes before and after each array, which nothing may touch
+
+SHAPES = [
+    Conv(2, 128, 4, 6, 64), Conv(2, 64, 4, 6, 128, residual_batch=2), Conv(2, 128, 8, 12, 64, residual_batch=1),
+    Conv(2, 640, 4, 6, 64, size=1), Conv(2, 64, 8, 12, 128, stride=2), Conv(1, 64, 5, 7, 64, stride=2),
+    Conv(1, 192, 8, 12, 192, size=1, residual_batch=1), Conv(3, 64, 3, 3, 64, residual_batch=1), Conv(1, 64, 1, 1, 64),
+    Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 64, 9, 13, 64), Conv(2, 640, 9, 13, 128, size=1),
+    Conv(1, 128, 16, 24, 64), Conv(2, 64, 16, 24, 64, stride=2),
+]  # fmt: skip
+ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=2, wide=64)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, source="conv_emulated.cpp")
+
+
+def emulate(library: Any, conv: Conv, order: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel makes of random arrays, and what float64 does; everything else in memory stays as it was."""
+    arrays, call, held = conv.arrays(), conv.call(), {}
+    for name, array in conv.memory(arrays).items():
+        held[name] = memory = np.full(array.nbytes + 2 * GUARD, 255, np.uint8)
+        memory[GUARD:-GUARD] = array.reshape(-1).view(np.uint8)
+        setattr(call, name, memory.ctypes.data + GUARD)
+    before = {name: memory.copy() for name, memory in held.items()}
+    assert library.emulate_conv(ctypes.byref(call), order) == 0
+    y = held["y"][GUARD:-GUARD].copy()
+    before["y"][GUARD:-GUARD] = y
+    assert all(np.array_equal(held[name], before[name]) for name in held), "written to where it must not be"
+    return y.view(np.float16).reshape(conv.out), conv.expected(arrays)
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 3, 8])
+@pytest.mark.parametrize("conv", SHAPES, ids=str)
+def test_against_float64(emulator: Any, conv: Conv, cluster: int) -> None:
+    conv = replace(conv, cluster=min(cluster, conv.size**2 * conv.channels // 64))
+    assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
+
+
+@pytest.mark.parametrize("wide", [64, 128])
+@pytest.mark.parametrize("height", [4, 5, 8, 9])  # one, two, three warpgroups; two tiles
+def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
+    conv = Conv(2, 128, height, 12, 128, residual_batch=1, wide=wide, cluster=4)
+    assert error(*emulate(emulator, conv, order=2)) < 1e-3
+
+
+def test_expected_is_what_torch_says() -> None:
+    import torch
+
+    for conv in SHAPES:
+        arrays = conv.arrays()
+        x, weight, bias = (torch.from_numpy(arrays[name]).double() for name in ("x", "weight", "bias"))
+        y = torch.nn.functional.conv2d(x.movedim(3, 1), weight, bias, conv.stride, conv.size // 2)
+        if conv.residual_batch:
+            rest = torch.from_numpy(arrays["residual"]).double().movedim(3, 1)
+            y += rest.repeat(conv.batch // conv.residual_batch, 1, 1, 1)
+        np.testing.assert_allclose(conv.expected(arrays), y.movedim(1, 3).numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("conv", [ONE, replace(ONE, cluster=7, size=1, channels=640)], ids=str)
+def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Conv) -> None:
+    first, _ = emulate(emulator, conv)
+    for order in (1, 2, 3):
+        again, _ = emulate(emulator, conv, order)
+        assert first.tobytes() == again.tobytes(), order
+
+
+# Where there is not the file's name, the mistake is in kernel.cuh.
+MISTAKES = [
+    ("__syncthreads();  // barriers and zeros", "// barriers and zeros"),
+    ("__syncthreads();  // the sums", "// the sums"),
+    ("group_sync<1>(0, Block::kConsumers);", ""),
+    ("if (p.cluster > 1) cluster_arrive(), cluster_wait();\n    block.store();", "block.store();"),
+    ("ring.wait_full();\n            uint64_t b", "uint64_t b"),
+    ("x_ring.wait_full();\n        pick", "pick"),
+    ("if (tap == 0) x_ring.wait_full();", ""),
+    ("            ring.wait_empty();\n            uint32_t barrier", "            uint32_t barrier"),
+    ("            ring.wait_empty();\n            __half* to", "            __half* to"),
+    ("(turn - 1) & 1", "turn & 1"),
+    ("barrier_wait(full + 8 * place, turn & 1)", "barrier_wait(full + 8 * place, 0)"),
+    ("products_begin();", ""),
+    ("products_wait<0>();", "products_wait<1>();"),
+    ("step(a[1], a[0], unit + 1)", "step(a[1], a[1], unit + 1)"),
+    ("pick(after, x_ring.place", "pick(after, x_place"),
+    ("barrier_expect(barrier, kUnit * sizeof(__half))", "barrier_expect(barrier, kUnit)"),
+    ("positions_ring().begin(kConvLoaders, ", "positions_ring().begin(kConvLoaders - 1, "),
+    ("if (lane == 0) {\n                barrier_arrive(ring", "if (lane <= 1) {\n                barrier_arrive(ring"),
+    ("b + 2 * k", "b + 4 * k"),
+    ("other = 0; other < kConvMostCluster; other++)\n            if (other < p.cluster)\n                for (int k = 0; k < 2; k++) {",
+     "other = 1; other < kConvMostCluster; other++)\n            if (other < p.cluster)\n                for (int k = 0; k < 2; k++) {"),
+    ("other = 0; other < kConvMostCluster; other++)\n            if (other < p.cluster)\n                for (int k = 0; k < 2; k++) {",
+     "other = 0; other < kConvMostCluster; other++)\n            if (other == rank)\n                for (int k = 0; k < 2; k++) {"),
+    ("right >= 0 && right < p.call.width", "right < p.call.width"),
+    ("wait_for_previous();", ""),
+    ("barriers_begun();", ""),
+    ("hopper.cuh", "kEightRows = 1024 / 16", "kEightRows = 512 / 16"),
+    ("hopper.cuh", "kSwizzle128 = 1", "kSwizzle128 = 2"),
+    ("plan.h", "kConvAlign = 1024", "kConvAlign = 512"),
+    ("plan.h", "last = conv_source(p, last_row) + border + 1", "last = conv_source(p, last_row) + 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[-2][:40])
+def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, ...]) -> None:
+    name, find, put = ("kernel.cuh", *mistake)[-3:]
+    kernels = tmp_path / "plugins" / "conv"
+    kernels.mkdir(parents=True)
+    for path in KERNELS.iterdir():
+        text = path.read_text().replace('"../attention/', f'"{KERNELS.parent}/attention/')
+        assert path.name != name or text.count(find) == 1, f"{find!r} is not once in {name}"
+        (kernels / path.name).write_text(text.replace(find, put) if path.name == name else text)
+    library = compile_emulator(tmp_path, kernels, "-O1", "conv_emulated.cpp")
+
+    def right(conv: Conv, order: int) -> bool:
+        try:
+            return error(*emulate(library, conv, order)) < 1e-3
+        except AssertionError:
+            return False
+
+    tall = Conv(2, 192, 9, 13, 64, cluster=1)
+    assert not all(right(conv, order) for conv in (ONE, tall) for order in (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"channels": 96}, {"filters": 32}, {"size": 5}, {"stride": 3}, {"batch": 0}, {"cluster": 9}, {"wide": 96}],
+    ids=str,
+)
+def test_shapes_that_have_no_kernel(emulator: Any, changes: dict[str, Any]) -> None:
+    conv = replace(SHAPES[0], **changes)
+    assert emulator.emulate_conv(ctypes.byref(conv.call()), 0) == 1 and conv.plan(emulator) is None
