@@ -26,8 +26,8 @@ class CannyConv(ctypes.Structure):
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """How a call is cut: rows and filters of a tile, the blocks that share it, all blocks, places in shared memory for x
-    and for weights, its bytes, and the time predicted on an H200.
+    """How a call is cut: rows and filters of a tile, the blocks that share it, all blocks, places in shared memory for
+    x and for weights, its bytes, and the time predicted on an H200.
     """
 
     high: int
@@ -109,7 +109,7 @@ class Conv:
 
     def call(self) -> CannyConv:
         """The call, without addresses."""
-        names = {name for name, _ in CannyConv._fields_}
+        names = {field[0] for field in CannyConv._fields_}
         return CannyConv(**{name: value for name, value in vars(self).items() if name in names})
 
     def plan(self, library: Any) -> ConvPlan | None:

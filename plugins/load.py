@@ -130,7 +130,7 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
 
 
 def conv_blocks(weight: np.ndarray) -> np.ndarray:
-    """A weight (D, C, size, size) as the convolution plugin reads it: (D / 64, C / 64, size·size, 64, 64).
+    """A weight (D, C, size, size) as the convolution plugin reads it: (D / 64, C / 64 · size·size, 64, 64).
 
     Each block has rows of 64 channels for 64 filters; the 8 channels number c of row r are at c xor r mod 8, which is
     how products of a warpgroup find them in shared memory without bank conflicts (the 128-byte swizzle of the PTX ISA).
@@ -139,4 +139,4 @@ def conv_blocks(weight: np.ndarray) -> np.ndarray:
     blocks = weight.reshape(filters // n, n, channels // n, n // 8, 8, size[0] * size[1]).transpose(0, 2, 5, 1, 3, 4)
     row, chunk = np.ogrid[:n, : n // 8]
     swizzled = blocks[:, :, :, row, chunk ^ row % (n // 8)]
-    return np.ascontiguousarray(swizzled).reshape(*swizzled.shape[:3], n, n)
+    return np.ascontiguousarray(swizzled).reshape(filters // n, -1, n, n)

@@ -10,7 +10,9 @@ namespace emulator {
 
 constexpr uint32_t kSharedBegins = 1040;  // shared memory begins at no multiple of what matrices want
 
-inline unsigned char* shared_at(Block& block, uint32_t address) { return block.shared.data() + address - kSharedBegins; }
+inline unsigned char* shared_at(Block& block, uint32_t address) {
+    return block.shared.data() + address - kSharedBegins;
+}
 
 inline void wrong(const char* what) {
     if (fault.empty()) fault = what;

@@ -234,14 +234,18 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
             moved = true;
         }
     }
-    if (!fault.empty()) throw std::runtime_error(fault);
+    auto fail = [](const std::string& what) {
+        fibers.clear();  // they stand in the middle of a kernel
+        throw std::runtime_error(what);
+    };
+    if (!fault.empty()) fail(fault);
     for (int i : order)
-        if (!fibers[i]->done) throw std::runtime_error("a barrier was not reached by all threads");
+        if (!fibers[i]->done) fail("a barrier was not reached by all threads");
     for (int i : order)
-        if (fibers[i]->products.size() > 1) throw std::runtime_error("products that nobody waited for");
+        if (fibers[i]->products.size() > 1) fail("products that nobody waited for");
     for (int b = 0; b < size; b++)
         for (size_t i = shared; i < shared + kGuard; i++)
-            if (blocks[b].shared[i] != 0xff) throw std::runtime_error("a write beyond the shared memory");
+            if (blocks[b].shared[i] != 0xff) fail("a write beyond the shared memory");
 }
 
 // Run a kernel of one argument. order: 0 the first thread runs ahead, 1 the last, more: at random, with this seed.
@@ -273,6 +277,7 @@ void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t 
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::meet(emulator::current->block->barrier); }
+inline void __syncwarp() { emulator::meet(emulator::current->block->warps[emulator::current->thread / 32]); }
 
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     emulator::Block& block = *emulator::current->block;

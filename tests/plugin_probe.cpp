@@ -2,6 +2,7 @@
 // newer.
 #include <dlfcn.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -149,7 +150,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 5 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 6 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -294,7 +295,7 @@ int main(int, char** arguments) {
     auto& layer_norm = *static_cast<Creator*>(entry(count)[2]);
     auto& geglu = *static_cast<Creator*>(entry(count)[3]);
     auto& sum = *static_cast<Creator*>(entry(count)[4]);
-    MUST(count == 5 && !std::strcmp(sum.getPluginName(), "CannyAdd"));
+    MUST(count == 6 && !std::strcmp(sum.getPluginName(), "CannyAdd"));
     MUST(!std::strcmp(layer_norm.getPluginName(), "CannyLayerNorm"));
     MUST(!std::strcmp(geglu.getPluginName(), "CannyGeglu"));
     Given fields;
@@ -329,6 +330,40 @@ int main(int, char** arguments) {
     describe(1, dims({1, 320, 8, 12}), half, last8);
     configure(*plus, tensors, false, 2);
     end(plus);
+    auto& convolution = *static_cast<Creator*>(entry(count)[5]);
+    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 4);
+    int32_t size = 3, stride = 2, residual = 1;
+    fields.fields = {
+        given.fields[0],
+        {"size", &size, PluginFieldType::kINT32, 1},
+        {"stride", &stride, PluginFieldType::kINT32, 1},
+        {"residual", &residual, PluginFieldType::kINT32, 1}
+    };
+    Plugin* conv = create(convolution, fields);
+    MUST(conv);
+    auto filters = [&](int32_t channels, int32_t blocks, int32_t count, int32_t rows) {
+        describe(0, dims({2, channels, 9, 12}), half, last8);
+        describe(1, dims({5, blocks, 64, 64}), half, linear);
+        describe(2, dims({count}), single, linear);
+        describe(3, dims({rows, 320, 5, 6}), half, last8);
+        describe(4, dims({2, 320, 5, 6}), half, last8);
+    };
+    filters(128, 18, 320, 1);
+    for (int32_t i = 0; i < 5; i++) MUST(build_side(*conv).supportsFormatCombination(i, tensors.data(), 4, 1));
+    configure(*conv, tensors, true, 4);
+    describe(1, dims({5, 18, 64, 64}), single, linear);
+    MUST(!build_side(*conv).supportsFormatCombination(1, tensors.data(), 4, 1));
+    for (auto wrong : {std::array<int32_t, 4>{120, 18, 320, 1}, {128, 9, 320, 1}, {128, 18, 384, 1}, {128, 18, 320, 3}}) {
+        filters(wrong[0], wrong[1], wrong[2], wrong[3]);
+        configure(*conv, tensors, false, 4);
+    }
+    size = 5;
+    MUST(!create(convolution, fields));
+    size = 3, stride = 3;
+    MUST(!create(convolution, fields));
+    stride = 1, residual = 2;
+    MUST(!create(convolution, fields));
+    end(conv);
     end(norm);
     end(gate);
     std::printf("all as it must be\n");

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorrt_rtx as trt
 
-from plugins.load import ADD, ATTENTION, GEGLU, GROUP_NORM, LAYER_NORM
+from plugins import load as loading
+from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, LAYER_NORM
 from trt_builder.flavour import Flavour
 
 ELEMENT, MATRIX = trt.ElementWiseOperation, trt.MatrixOperation
@@ -23,8 +24,16 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
     monkeypatch.setattr(Flavour, "has_transformer_plugins", lambda self, width, options: options.attention == "own")
     monkeypatch.setattr(Flavour, "has_add_plugin", lambda self, options: options.residual == "own")
+    # The small model's channels are multiples of 32 only; the stand-in needs no half precision.
+    monkeypatch.setattr(loading, "CONV_MULTIPLE", 32)
+    monkeypatch.setattr(Flavour, "has_conv_plugin", has_conv)
     monkeypatch.setattr(Flavour, "add_own", add_own)
     return added
+
+
+def has_conv(flavour: Flavour, rows: int, weight: Any, stride: int, options: Any) -> bool:
+    """What `has_conv_plugin` says, for smaller maps and channels."""
+    return options.conv == "own" and rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
 
 
 def out(layer: Any) -> Any:
@@ -101,4 +110,37 @@ def add(network: Any, x: Any, y: Any) -> Any:
     return network.add_elementwise(x, y, ELEMENT.SUM)
 
 
-MAKE: dict[str, Any] = {ADD: add, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu, ATTENTION: attention}
+HELD: list[Any] = []  # TensorRT keeps no weights itself
+
+
+def numbers(network: Any, constant: Any) -> np.ndarray:
+    """What a constant holds."""
+    for i in reversed(range(network.num_layers)):
+        layer = network.get_layer(i)
+        if layer.get_output(0).name == constant.name:
+            layer.__class__ = trt.IConstantLayer
+            return np.array(layer.weights).reshape(tuple(layer.shape))
+    raise AssertionError(f"{constant.name} is no constant")
+
+
+def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int) -> Any:
+    assert len(rest) == residual
+    blocks, n, filters, channels = numbers(network, weight), weight.shape[2], bias.shape[0], x.shape[1]
+    assert blocks.shape == (filters // n, channels // n * size * size, n, n)
+    blocks = blocks.reshape(filters // n, channels // n, size, size, n, n // 8, 8)
+    row, chunk = np.ogrid[:n, : n // 8]
+    plain = blocks[:, :, :, :, row, chunk ^ row % (n // 8)].reshape(*blocks.shape[:5], n)
+    kernel = plain.transpose(0, 4, 1, 5, 2, 3).reshape(filters, channels, size, size)
+    HELD.append((np.ascontiguousarray(kernel), numbers(network, bias)))
+    layer = network.add_convolution_nd(x, filters, (size, size), *HELD[-1])
+    layer.stride_nd, layer.padding_nd = (stride, stride), (size // 2, size // 2)
+    if not residual:
+        return layer
+    repeated = network.add_concatenation([rest[0]] * (x.shape[0] // rest[0].shape[0]))
+    repeated.axis = 0
+    return network.add_elementwise(out(layer), out(repeated), ELEMENT.SUM)
+
+
+MAKE: dict[str, Any] = {
+    ADD: add, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu, ATTENTION: attention,
+}  # fmt: skip

@@ -212,14 +212,16 @@ def test_one_switch(stage: str, switch: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("shape", [SMALL, Shape(64, 128, samples=3)], ids=["1", "3"])
+@pytest.mark.parametrize("conv", ["builtin", "own"])
 @pytest.mark.parametrize("stage", ["control", "unet_encoder", "unet_decoder", "unet_decoder_cond"])
-def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape) -> None:
+def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any, shape: Shape) -> None:
     """What they get and what is done with it, the plugins themselves being spelt out."""
     added = plugin_stand_ins.use(monkeypatch)
-    check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", residual="own"))
+    check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", residual="own", conv=conv))
     blocks = added.count("CannyGeglu")
     assert blocks and added.count("CannyLayerNorm") == 3 * blocks and added.count("CannyAttention") == 2 * blocks
-    assert added.count("CannyGroupNorm") > blocks and ("CannyAdd" in added) == ("decoder" not in stage)
+    assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 4) == (conv == "own")
+    assert conv == "own" or ("CannyAdd" in added) == ("decoder" not in stage)
 
 
 def test_switches_change_the_network() -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from bench.attention import attentions
+from bench.conv import convolutions
 from plugins import build as building
 from plugins import load as loading
 from plugins.build import build, find_headers, find_nvcc
 from plugins.call import Attention, GroupNorm, open_library, plan
+from plugins.call_conv import Conv, ConvPlan
 from plugins.load import PluginError
 from runtime.manifest import Manifest
 from trt_builder.config import ModelConfig, Options, Shape
@@ -251,6 +253,54 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
     assert found == attentions(config, shape)
 
 
+def test_the_builder_gives_convolutions_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that bench.conv finds, each residual in the plugin."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
+    import plugin_stand_ins
+
+    flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
+    found: Counter[Conv] = Counter()
+
+    def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int) -> Any:
+        (batch, channels, h, w), added = x.shape, rest[0].shape[0] if rest else 0
+        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added)] += 1
+        return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, residual=residual)
+
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", conv)
+    weights, options = Weights.from_dict(random_weights(expected_shapes(config), 0)), Options("fp32", "own", conv="own")
+    for stage in ("control", "unet_encoder", "unet_decoder"):
+        network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
+        define(stage, network, flavour, config, weights, shape, options)
+        weights.release()
+    fits = [
+        (one, count)
+        for one, count in convolutions(config, shape).items()
+        if plugin_stand_ins.has_conv(flavour, one.rows, (one.filters, one.channels, one.size), one.stride, options)
+    ]
+    assert found == dict(fits) and len(found) > 10
+
+
+def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    flavour, own = recording(False, "creator"), Options(conv="own")
+    assert flavour.has_conv_plugin(48, (1280, 2560, 3, 3), 1, own)
+    assert flavour.has_conv_plugin(48, (1280, 1280, 3, 3), 2, own)
+    for rows, weight, stride in (
+        (3072, (320, 320, 3, 3), 1), (192, (10240, 1280, 1, 1), 1), (48, (96, 1280, 3, 3), 1),
+        (48, (1280, 4, 3, 3), 1), (48, (64, 64, 5, 5), 1), (48, (64, 64, 3, 3), 3),
+    ):  # fmt: skip
+        assert not flavour.has_conv_plugin(rows, weight, stride, own)
+    assert not flavour.has_conv_plugin(48, (1280, 1280, 3, 3), 1, Options())
+    with pytest.raises(FlavourError, match="no plugin CannyConv: it was not loaded; use another --conv"):
+        recording(False, None).has_conv_plugin(48, (1280, 1280, 3, 3), 1, own)
+    library = SimpleNamespace(architectures=["80"], path="lib.so", source="0")
+    monkeypatch.setattr("trt_builder.plugin_layers.load", lambda trt: library)
+    with pytest.raises(FlavourError, match="lib.so has no convolutions: they are for compute capability 9.0"):
+        flavour.load_plugins(own)
+    library.architectures.append("90")
+    assert flavour.load_plugins(own) == {"CannyConv": "0"}
+
+
 @pytest.fixture(scope="module", params=["8.6", "10+"])
 def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """A compiled library and the headers that it was compiled with."""
@@ -288,6 +338,8 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "CannyLayerNorm: epsilon is 0.0", "CannyLayerNorm: the field epsilon is missing", "must have 320 numbers",
         "it has 4096 channels, at most 2048", "the shape (B, C, h, w), C a multiple of 16",
         "CannyAdd: its inputs must have one shape",
+        "CannyConv: size is 5", "CannyConv: stride is 3", "CannyConv: residual is 2", "C a multiple of 64",
+        "the weight must have the shape (D / 64, 18, 64, 64)", "the residual must have the shape of the result",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence
 
@@ -297,6 +349,8 @@ def test_the_library_runs_without_tensorrt(adapter: tuple[Path, Path]) -> None:
     library = open_library(adapter[0])
     assert plan(library, GroupNorm(2, 320, 32, 48).call(8)).grid == (8, 8, 2)
     assert library.canny_max_cluster() in (1, 8)
+    cut = Conv(2, 1280, 4, 6, 1280).plan(library)
+    assert isinstance(cut, ConvPlan) and cut.high == 64 and cut.blocks > 66 and cut.shared < 227 << 10
 
 
 def test_the_command_says_what_it_did(adapter: tuple[Path, Path]) -> None:

@@ -82,6 +82,7 @@ def parser() -> Parser:
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
+    add("--conv", choices=("builtin", "own"), default="builtin", help="of small maps (%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser(
@@ -174,6 +175,7 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
     switches = Options(
         options.precision, usual(options.attention, own, "fused"), options.qkv, not options.no_shared_prefix,
         options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"),
+        options.conv,
     )  # fmt: skip
     manifest = replace(
         wanted,

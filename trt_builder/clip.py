@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trt_builder.attention import attention, self_qkv
 from trt_builder.config import CLIPConfig
-from trt_builder.layers import Net, add, attention, embedding, layer_norm, linear, quick_gelu, self_qkv
+from trt_builder.layers import Net, add, embedding, layer_norm, linear, quick_gelu
 
 if TYPE_CHECKING:
     import tensorrt as trt

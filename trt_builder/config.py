@@ -360,6 +360,8 @@ class Options:
         then takes a slower kernel for it), or the plugin of plugins/ ("own").
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
         the built-in plugin where it can be had, else the layer.
+    conv: convolutions of small maps by TensorRT ("builtin"), or by the plugin of plugins/ ("own"; compute capability
+        9.0), which takes those that it was predicted to win and adds their residuals.
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"
@@ -369,6 +371,7 @@ class Options:
     boundary: Literal["channels-last", "linear"] = "channels-last"
     residual: Literal["fused", "own"] = "fused"
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
+    conv: Literal["builtin", "own"] = "builtin"
 
     def __post_init__(self) -> None:
         for name, allowed in _allowed():
@@ -388,3 +391,4 @@ def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "boundary", ("channels-last", "linear")
     yield "residual", ("fused", "own")
     yield "group_norm", ("auto", "own", "builtin", "native")
+    yield "conv", ("builtin", "own")

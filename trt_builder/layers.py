@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import ATTENTION, GEGLU, GROUP_NORM, LAYER_NORM
+from plugins.load import CONV, GEGLU, GROUP_NORM, LAYER_NORM, conv_blocks
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 Float = type[np.floating]
-
-# Far below any attention score, and finite in half precision: -inf would become NaN where it is subtracted from itself.
-MASKED = -1e4
 
 TYPES: dict[Any, str] = {np.float16: "HALF", np.float32: "FLOAT", np.int32: "INT32", np.uint8: "UINT8"}
 
@@ -208,21 +205,49 @@ def match_batch(net: Net, x: trt.ITensor, batch: int) -> trt.ITensor:
 # -- layers with weights ----------------------------------------------------------------------------------------------
 
 
-def conv(net: Net, x: trt.ITensor, stride: int = 1, padding: tuple[int, int] | None = None) -> trt.ITensor:
-    """Convolution; `padding` is (before, after) on both axes, by default what keeps the size at stride 1."""
+def conv(
+    net: Net, x: trt.ITensor, stride: int = 1, padding: tuple[int, int] | None = None,
+    residual: trt.ITensor | None = None,
+) -> trt.ITensor:  # fmt: skip
+    """Convolution; `padding` is (before, after) on both axes, by default what keeps the size at stride 1.
+
+    A residual is added to it (see `add_residual`).
+    """
     weight, bias = net.weight(), net.weight("bias")
+    if padding is None and takes_own_conv(net, x, weight.shape, stride):
+        return own_conv(net, x, weight, bias, stride, residual)
     kernel = weight.shape[2:]
     layer = net.network.add_convolution_nd(x, weight.shape[0], kernel, weight, bias)
     before, after = padding or (kernel[0] // 2, kernel[0] // 2)
     layer.stride_nd, layer.pre_padding, layer.post_padding = (stride, stride), (before, before), (after, after)
-    return net.add(layer)
+    return add_residual(net, net.add(layer), residual)
 
 
-def linear(net: Net, x: trt.ITensor, parts: Sequence[str] = ()) -> trt.ITensor:
+def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int = 1) -> bool:
+    """Whether a convolution of x by a weight of this shape is our plugin's."""
+    rows = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    return net.flavour.has_conv_plugin(rows, weight, stride, net.options)
+
+
+def own_conv(
+    net: Net, x: trt.ITensor, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1,
+    residual: trt.ITensor | None = None, what: str = "",
+) -> trt.ITensor:  # fmt: skip
+    """Convolution by our plugin: weight (D, C, size, size), zeros around the map, the residual added in the kernel."""
+    exact, name, blocks = net.float32(), f"{what}." if what else "", conv_blocks(weight)
+    w = net.constant(blocks, blocks.shape, f"{name}weight")
+    b = exact.constant(np.zeros(len(weight)) if bias is None else bias, (len(weight),), f"{name}bias")
+    inputs = [x, w, b] if residual is None else [x, w, b, residual]
+    return own(net, CONV, inputs, what, size=weight.shape[2], stride=stride, residual=int(residual is not None))
+
+
+def linear(
+    net: Net, x: trt.ITensor, parts: Sequence[str] = (), residual: trt.ITensor | None = None
+) -> trt.ITensor:  # fmt: skip
     """x (…, C) → (…, D) by the weight at this place, or by the weights of several places joined along D.
 
     Of tokens a matrix product, which TensorRT fuses with the attention and the normalisation around it; of a map
-    (B, C, h, w) a 1×1 convolution.
+    (B, C, h, w) a 1×1 convolution. A residual is added to it (see `add_residual`).
     """
     names = [net.at(part) for part in parts] or [net]
     prefixes = [n.root + ".".join(n.path) for n in names]
@@ -230,14 +255,18 @@ def linear(net: Net, x: trt.ITensor, parts: Sequence[str] = ()) -> trt.ITensor:
     bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype) if names[0].has("bias") else None
     what = "+".join(parts)
     if len(x.shape) == 4:
-        return net.add(net.network.add_convolution_nd(x, len(weight), (1, 1), weight, bias), what)
+        weight = weight[:, :, None, None]
+        if takes_own_conv(net, x, weight.shape):
+            return own_conv(net, x, weight, bias, 1, residual, what)
+        y = net.add(net.network.add_convolution_nd(x, len(weight), (1, 1), weight, bias), what)
+        return add_residual(net, y, residual)
     lead = [1] * (len(x.shape) - 2)
     w = net.constant(weight, [*lead, *weight.shape], f"{what}.weight" if what else "weight")
     matrix = net.api.MatrixOperation
     y = net.add(net.network.add_matrix_multiply(x, matrix.NONE, w, matrix.TRANSPOSE), what)
-    if bias is None:
-        return y
-    return add(net, y, net.constant(bias, [*lead, 1, len(bias)], f"{what}.bias" if what else "bias"), "add_bias")
+    if bias is not None:
+        y = add(net, y, net.constant(bias, [*lead, 1, len(bias)], f"{what}.bias" if what else "bias"), "add_bias")
+    return add_residual(net, y, residual)
 
 
 def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
@@ -301,9 +330,11 @@ def geglu_gate(net: Net, x: trt.ITensor) -> trt.ITensor:
     return mul(net, a, gelu(net, b))
 
 
-def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor, what: str = "add") -> trt.ITensor:
-    """y + x, where y may have k·N rows to the N of x: a single one broadcasts."""
-    return add(net, y, x if x.shape[0] == 1 else match_batch(net, x, y.shape[0]), what)
+def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor | None) -> trt.ITensor:
+    """y + x, where y may have k·N rows to the N of x (a single one broadcasts); y where there is no x."""
+    if x is None:
+        return y
+    return add(net, y, x if x.shape[0] == 1 else match_batch(net, x, y.shape[0]))
 
 
 def own(net: Net, plugin: str, inputs: Sequence[trt.ITensor], what: str = "", **fields: float) -> trt.ITensor:
@@ -316,72 +347,3 @@ def upsample_nearest(net: Net, x: trt.ITensor) -> trt.ITensor:
     layer = net.network.add_resize(x)
     layer.resize_mode, layer.scales = net.api.InterpolationMode.NEAREST, (1, 1, 2, 2)
     return net.add(layer, "nearest")
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
-def attention(
-    net: Net, q: trt.ITensor, k: trt.ITensor, v: trt.ITensor, heads: int, causal: bool = False
-) -> trt.ITensor:
-    """Multi-head attention of q (B, T, C) over k, v (k·B, S, C) → (k·B, T, C), under a causal mask or not.
-
-    Heads may have any width; those of the UNet and of CLIP (40 to 160) become one kernel in half precision, the single
-    head of the autoencoder (512) does not. A map q (B, C, h, w) gives a map, by our plugin.
-    """
-    if len(q.shape) == 4:
-        scale = (q.shape[1] // heads) ** -0.5
-        return own(net, ATTENTION, [q, k, v], "attention", heads=heads, joined=0, scale=scale)
-    q = match_batch(net, q, k.shape[0])
-    tokens, keys, channels = q.shape[1], k.shape[1], q.shape[2]
-    q, k, v = (split_heads(net, t, heads, what) for t, what in ((q, "q"), (k, "k"), (v, "v")))  # (B, heads, T, d)
-    mask = None
-    if causal:
-        mask = net.constant(np.triu(np.full((tokens, keys), MASKED), 1), (1, 1, tokens, keys), "mask")
-    scale = (channels // heads) ** -0.5
-    if net.options.attention != "plain" and net.flavour.attention:
-        y = net.add(net.flavour.add_attention(net.network, mul(net, q, scalar(net, q, scale), "scale"), k, v, mask))
-    else:
-        y = plain_attention(net, q, k, v, scale, mask)
-    return reshape(net, y, (y.shape[0], tokens, channels), before=(0, 2, 1, 3), what="merge_heads")
-
-
-def attention_over_itself(net: Net, x: trt.ITensor, heads: int, parts: tuple[str, str, str]) -> trt.ITensor:
-    """Multi-head attention of x, tokens (B, T, C) or a map, over itself, Q, K and V by the linear layers named."""
-    if len(x.shape) == 4:
-        scale = (x.shape[1] // heads) ** -0.5
-        return own(net, ATTENTION, [linear(net, x, parts)], "attention", heads=heads, joined=1, scale=scale)
-    q, k, v = self_qkv(net, x, parts)
-    return attention(net, q, k, v, heads)
-
-
-def plain_attention(
-    net: Net, q: trt.ITensor, k: trt.ITensor, v: trt.ITensor, scale: float, mask: trt.ITensor | None
-) -> trt.ITensor:
-    """softmax(q·kᵀ·scale + mask)·v of (B, heads, T, d), in the form that TensorRT recognises and fuses."""
-    matrix = net.api.MatrixOperation
-    # A head too wide for the fused kernel leaves its scores in memory, where half precision needs them scaled.
-    scale_scores = net.flavour.scale_scores and q.shape[3] <= 256
-    if not scale_scores:
-        q = mul(net, q, scalar(net, q, scale), "scale")
-    scores = net.add(net.network.add_matrix_multiply(q, matrix.NONE, k, matrix.TRANSPOSE), "scores")
-    if scale_scores:
-        scores = mul(net, scores, scalar(net, scores, scale), "scale")
-    if mask is not None:
-        scores = add(net, scores, mask, "add_mask")
-    layer = net.network.add_softmax(scores)
-    layer.axes = 1 << 3
-    return net.add(net.network.add_matrix_multiply(net.add(layer, "softmax"), matrix.NONE, v, matrix.NONE), "values")
-
-
-def split_heads(net: Net, x: trt.ITensor, heads: int, what: str) -> trt.ITensor:
-    """(B, T, C) → (B, heads, T, C / heads)."""
-    batch, tokens, channels = x.shape
-    return reshape(net, x, (batch, tokens, heads, channels // heads), after=(0, 2, 1, 3), what=f"{what}_heads")
-
-
-def self_qkv(net: Net, x: trt.ITensor, parts: tuple[str, str, str]) -> list[trt.ITensor]:
-    """Q, K and V (B, T, C) of x (B, T, C) by the linear layers named, in one matrix product or in three."""
-    if net.options.qkv == "joined":
-        return chunk(net, linear(net, x, parts), 3, 2)
-    return [linear(net.at(part), x) for part in parts]

@@ -12,6 +12,9 @@ import numpy as np
 from plugins.load import (
     ADD,
     ATTENTION_WIDTHS,
+    CONV,
+    CONV_CAPABILITY,
+    CONV_MULTIPLE,
     FIELDS_VERSION,
     GROUP_NORM,
     TRANSFORMER,
@@ -31,6 +34,18 @@ log = logging.getLogger(__name__)
 # precision, and at most 32 rows (its workspace is that small, which it does not check).
 BUILT_IN_CHANNELS = frozenset((128, 256, 320, 512, 640, 960, 1280, 1920, 2560))
 BUILT_IN_ROWS = 32
+
+# Positions B·h·w, and numbers of the result, of the convolutions that are our plugin's where it is asked for: with more
+# of either there are tiles enough for TensorRT's own to keep a GPU busy.
+CONV_ROWS, CONV_NUMBERS = 768, 1_500_000
+
+
+def conv_wins(rows: int, filters: int) -> bool:
+    """Whether our plugin is predicted to win over TensorRT 8.6's own convolution to this many positions, B·h·w.
+
+    Predicted, not measured: `python -m bench.conv` measures it.
+    """
+    return rows <= CONV_ROWS and rows * filters <= CONV_NUMBERS
 
 
 class FlavourError(ValueError):
@@ -96,10 +111,15 @@ class PluginLayers:
         Raises FlavourError or PluginError where they cannot be had.
         """
         needed = [GROUP_NORM] * (options.group_norm == "own") + list(TRANSFORMER) * (options.attention == "own")
-        needed += [ADD] * (options.residual == "own")
+        needed += [ADD] * (options.residual == "own") + [CONV] * (options.conv == "own")
         if needed and self.rtx:
             raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
-        return dict.fromkeys(needed, load(self.trt).source) if needed else {}
+        if not needed:
+            return {}
+        library = load(self.trt)
+        if options.conv == "own" and not {"90", "90a"} & set(library.architectures):
+            raise FlavourError(f"{library.path} has no convolutions: they are for compute capability {CONV_CAPABILITY}")
+        return dict.fromkeys(needed, library.source)
 
     def _no_built_in(self, channels: int, rows: int, options: Options) -> str | None:
         if self.rtx:
@@ -161,6 +181,18 @@ class PluginLayers:
             return False
         self._need(ADD, "residual")
         return True
+
+    def has_conv_plugin(self, rows: int, weight: Sequence[int], stride: int, options: Options) -> bool:
+        """Whether our plugin serves a convolution with a weight (D, C, size, size) to this many positions, B·h·w.
+
+        Raises FlavourError where it cannot be had.
+        """
+        if options.conv != "own" or options.precision != "fp16":
+            return False
+        self._need(CONV, "conv")
+        filters, channels, size, _ = weight
+        fits = size in (1, 3) and stride in (1, 2) and not filters % CONV_MULTIPLE and not channels % CONV_MULTIPLE
+        return fits and conv_wins(rows, filters)
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

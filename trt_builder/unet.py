@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from plugins.load import ADD
+from trt_builder.attention import attention, attention_over_itself
 from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
     Net,
     add,
-    add_residual,
-    attention,
-    attention_over_itself,
     concat,
     conv,
     geglu_gate,
@@ -21,6 +19,7 @@ from trt_builder.layers import (
     linear,
     own,
     reshape,
+    takes_own_conv,
     upsample_nearest,
 )
 
@@ -35,7 +34,10 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     h = group_norm(net.at("in_layers.0"), x, with_silu=True)
     h = conv(net.at("in_layers.2"), h)
     h = group_norm(net.at("out_layers.0"), h, with_silu=True, row=row)
-    h, skip = conv(net.at("out_layers.3"), h), net.at("skip_connection")
+    skip, last = net.at("skip_connection"), net.at("out_layers.3")
+    if takes_own_conv(last, h, last.weight().shape):
+        return conv(last, h, residual=conv(skip, x) if skip.has("weight") else x)
+    h = conv(last, h)
     if skip.has("weight"):
         return add(net, conv(skip, x), h)
     return own(net, ADD, [x, h], "add") if net.flavour.has_add_plugin(net.options) else add(net, x, h)
@@ -46,27 +48,27 @@ def geglu(net: Net, x: trt.ITensor) -> trt.ITensor:
     return geglu_gate(net, linear(net.at("proj"), x))
 
 
-def feed_forward(net: Net, x: trt.ITensor) -> trt.ITensor:
-    """GEGLU to 4·C, then back: (B, T, C) → (B, T, C)."""
-    return linear(net.at("net.2"), geglu(net.at("net.0"), x))
+def feed_forward(net: Net, x: trt.ITensor, residual: trt.ITensor) -> trt.ITensor:
+    """GEGLU to 4·C, then back, and the residual: (B, T, C) → (B, T, C)."""
+    return linear(net.at("net.2"), geglu(net.at("net.0"), x), residual=residual)
 
 
-def self_attention(net: Net, x: trt.ITensor, heads: int) -> trt.ITensor:
-    """Attention of x (B, T, C) over itself."""
-    return linear(net.at("to_out.0"), attention_over_itself(net, x, heads, ("to_q", "to_k", "to_v")))
+def self_attention(net: Net, x: trt.ITensor, heads: int, residual: trt.ITensor) -> trt.ITensor:
+    """Attention of x (B, T, C) over itself, and the residual."""
+    return linear(net.at("to_out.0"), attention_over_itself(net, x, heads, ("to_q", "to_k", "to_v")), residual=residual)
 
 
-def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
-    """Attention of x (B, T, C) over the K and V (B, S, C) that the stage `clip` made of the text."""
-    return linear(net.at("to_out.0"), attention(net, linear(net.at("to_q"), x), *kv, heads))
+def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int, residual: trt.ITensor) -> trt.ITensor:
+    """Attention of x (B, T, C) over the K and V (B, S, C) that the stage `clip` made of the text, and the residual."""
+    return linear(net.at("to_out.0"), attention(net, linear(net.at("to_q"), x), *kv, heads), residual=residual)
 
 
 def transformer_block(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
     """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and a residual: (B, T, C)."""
-    x = add(net, self_attention(net.at("attn1"), layer_norm(net.at("norm1"), x), heads), x, "add1")
+    x = self_attention(net.at("attn1"), layer_norm(net.at("norm1"), x), heads, residual=x)
     # Before the first cross-attention cond and uncond are the same numbers, so x may still be at batch N here.
-    x = add_residual(net, cross_attention(net.at("attn2"), layer_norm(net.at("norm2"), x), kv, heads), x, "add2")
-    return add(net, feed_forward(net.at("ff"), layer_norm(net.at("norm3"), x)), x, "add3")
+    x = cross_attention(net.at("attn2"), layer_norm(net.at("norm2"), x), kv, heads, residual=x)
+    return feed_forward(net.at("ff"), layer_norm(net.at("norm3"), x), residual=x)
 
 
 def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, depth: int) -> trt.ITensor:
@@ -83,7 +85,7 @@ def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, 
         y = transformer_block(net.at(f"transformer_blocks.{i}"), y, next(kv), heads)
     if not maps:
         y = reshape(net, y, (y.shape[0], h, w, channels), after=(0, 3, 1, 2), what="to_map")
-    return add_residual(net, conv(net.at("proj_out"), y), x)
+    return conv(net.at("proj_out"), y, residual=x)
 
 
 def run_block(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trt_builder.attention import attention
 from trt_builder.config import VAEConfig
-from trt_builder.layers import Net, add, attention, conv, group_norm, reshape, upsample_nearest
+from trt_builder.layers import Net, add, conv, group_norm, reshape, upsample_nearest
 
 if TYPE_CHECKING:
     import tensorrt as trt

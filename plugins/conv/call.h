@@ -6,7 +6,7 @@
 // y = x * weight + bias (+ residual), 1×1 or 3×3 with a border of zeros, channels-last in half precision.
 struct CannyConv {
     const void* x;         // (B, height, width, channels), channels a multiple of 64
-    const void* weight;    // (filters / 64, channels / 64, size·size, 64, 64) as plugins.load.conv_blocks makes it
+    const void* weight;    // (filters / 64, channels / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it
     const float* bias;     // (filters), a multiple of 64
     const void* residual;  // (residual_batch, height / stride, width / stride, filters), taken in turn; or null
     void* y;               // (B, height / stride, width / stride, filters), quotients rounded up

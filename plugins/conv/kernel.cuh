@@ -197,17 +197,17 @@ struct ConvBlock {
         for (int32_t i = count * rank / p.cluster + threadIdx.x; i < count * (rank + 1) / p.cluster; i += blockDim.x) {
             int32_t at = i / kVectors, column = i % kVectors * 8, row = first_row + at, filter = first_filter + column;
             const float* mine = reinterpret_cast<const float*>(memory) + at * kSumsPitch + column;
-            float y[8];
-            for (int k = 0; k < 8; k++) y[k] = c.bias[filter + k];
-            add_up(y, mine);
+            Vector<float> y;
+            y.load(c.bias + filter);
             Vector<__half> v;
-            if (c.residual) {
+            if (c.residual)
                 v.load(static_cast<const __half*>(c.residual) + int64_t(row % residual_rows) * c.filters + filter);
+            add_up(y.value, mine);
+            if (c.residual)
 #pragma unroll
-                for (int k = 0; k < 8; k++) y[k] += to_float(v.value[k]);
-            }
+                for (int k = 0; k < 8; k++) y.value[k] += to_float(v.value[k]);
 #pragma unroll
-            for (int k = 0; k < 8; k++) from_float(y[k], v.value[k]);
+            for (int k = 0; k < 8; k++) from_float(y.value[k], v.value[k]);
             v.store(static_cast<__half*>(c.y) + int64_t(row) * c.filters + filter);
         }
     }
@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
     if (helper < 0) block.clear_zeros();
+    __syncwarp();
     __syncthreads();  // barriers and zeros are there
     let_next_begin();
     wait_for_previous();
@@ -254,6 +255,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p
     } else if (helper == kConvLoaders) {
         block.copy_weights(ring, ahead, block.last);
     }
+    __syncwarp();
     __syncthreads();  // the sums are there
     if (p.cluster > 1) cluster_arrive(), cluster_wait();
     block.store();
@@ -270,8 +272,9 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups);
     dim3 grid(call.filters / plan.wide * p.cluster, (p.rows + high - 1) / high);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, p); };
-    if (plan.wide == 64) return plan.groups == 1 ? go(conv<1, 64>) : plan.groups == 2 ? go(conv<2, 64>) : go(conv<3, 64>);
-    return plan.groups == 1 ? go(conv<1, 128>) : plan.groups == 2 ? go(conv<2, 128>) : go(conv<3, 128>);
+    if (plan.groups == 1) return plan.wide == 64 ? go(conv<1, 64>) : go(conv<1, 128>);
+    if (plan.groups == 2) return plan.wide == 64 ? go(conv<2, 64>) : go(conv<2, 128>);
+    return plan.wide == 64 ? go(conv<3, 64>) : go(conv<3, 128>);
 }
 
 }  // namespace canny

@@ -38,7 +38,8 @@ __host__ __device__
 #endif
 inline int32_t conv_source(const ConvParams& p, int32_t row) {
     int32_t line = row / p.out_width, b = line / p.out_height, stride = p.call.stride;
-    return (b * p.call.height + (line - b * p.out_height) * stride) * p.call.width + (row - line * p.out_width) * stride;
+    int32_t y = (line - b * p.out_height) * stride, x = (row - line * p.out_width) * stride;
+    return (b * p.call.height + y) * p.call.width + x;
 }
 
 // The positions of x, from `first` to before `last`, that a tile of rows needs.

@@ -1,5 +1,6 @@
 // The plugins for TensorRT 8.6, each an IPluginV2DynamicExt.
 #include "../attention/op.h"
+#include "../conv/op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
 
@@ -132,7 +133,8 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::LayerNormOp> layer_norm;
     static canny::Creator<canny::GegluOp> geglu;
     static canny::Creator<canny::AddOp> add;
-    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &add};
-    count = 5;
+    static canny::Creator<canny::ConvOp> conv;
+    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &add, &conv};
+    count = 6;
     return creators;
 }

@@ -1,5 +1,6 @@
 // The plugins for TensorRT 10 and newer, each an IPluginV3.
 #include "../attention/op.h"
+#include "../conv/op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
 
@@ -134,7 +135,9 @@ CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
     static canny::Creator<canny::LayerNormOp> layer_norm;
     static canny::Creator<canny::GegluOp> geglu;
     static canny::Creator<canny::AddOp> add;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &add};
-    count = 5;
+    static canny::Creator<canny::ConvOp> conv;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm,
+                                                                  &geglu,      &add,       &conv};
+    count = 6;
     return creators;
 }

@@ -1,0 +1,312 @@
+"""`python -m bench.conv`: our convolutions of small maps, at every shape that a step has of them.
+
+Needs the compiled plugins (`python -m plugins build`) and cuda-python on a GPU of compute capability 9.0; TensorRT only
+to find the library, which --library names as well. Timed as a CUDA graph of calls with as many copies of the weights as
+make them come from memory, as in a step, each waiting for the one before it.
+
+  python -m bench.conv --check      each shape once against float64, in every cut; for compute-sanitizer, too
+  python -m bench.conv --sweep      every cut of each shape: blocks of a cluster, filters of a tile
+  python -m bench.conv --builtin    and TensorRT's own: an engine of several, without the residual (a build of each)
+  python -m bench.conv --plan       no GPU: how each shape is cut, and what it is predicted to take
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.attention import usual_library
+from bench.group_norm import graph_us
+from plugins.call import OnGpu, error, open_library
+from plugins.call_conv import Conv, conv_on_gpu
+from runtime.engine import Engine, check, cuda_runtime, gpu
+from runtime.manifest import EngineError
+from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
+from trt_builder.flavour import Flavour, get_flavour
+from trt_builder.layers import Net, conv
+from trt_builder.plugin_layers import CONV_ROWS, conv_wins
+from trt_builder.weights import Weights
+
+CACHED = 200 << 20  # bytes of weights that a cache cannot hold: four times an H200's 50 MB
+LAUNCHES, DEPTH = 20, 8  # convolutions in a row, at least: in a graph, in an engine
+TOLERANCE = 2e-3
+
+
+# -- which there are --------------------------------------------------------------------------------------------------
+
+
+def convolutions(config: ModelConfig, shape: Shape) -> Counter[Conv]:
+    """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step."""
+    deepest, control = max(config.unet.scales), config.control
+    found = Counter(of_blocks(control, control.encoder_blocks, shape, 1, shape.samples, outputs=True))
+    found.update(of_blocks(config.unet, config.unet.encoder_blocks, shape, 1, shape.samples))
+    found.update(of_blocks(config.unet, config.unet.output_blocks, shape, deepest, shape.batch))
+    return found
+
+
+def of_blocks(
+    config: UNetConfig, blocks: Sequence[Block], shape: Shape, scale: int, batch: int, outputs: bool = False
+) -> Iterator[Conv]:
+    """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order, as trt_builder/unet.py
+    has them; with the one of each of ControlNet's `outputs`.
+    """
+    for block in blocks:
+        for layer in block:
+            c, d = layer.channels, layer.out_channels
+            scale = scale // 2 if layer.kind == "up" else scale
+            h, w = -(-shape.h // scale), -(-shape.w // scale)
+            if layer.kind == "res":
+                yield Conv(batch, c, h, w, d)
+                if c != d:
+                    yield Conv(batch, c, h, w, d, 1)
+                yield Conv(batch, d, h, w, d, residual_batch=batch)
+            elif layer.kind == "transformer":
+                yield from of_transformer(Conv(batch, c, h, w, c, 1), shape.batch, config.transformer_depth)
+                batch = shape.batch
+            elif layer.kind == "down":
+                yield Conv(batch, c, h, w, d, stride=2)
+                scale *= 2
+            else:
+                yield Conv(batch, c, h, w, d)
+        if outputs:
+            yield Conv(batch, d, -(-shape.h // scale), -(-shape.w // scale), d, 1)
+
+
+def of_transformer(plain: Conv, batch: int, depth: int) -> Iterator[Conv]:
+    """Those of a SpatialTransformer, of which the first is given: cond and uncond part in it."""
+    c, before = plain.channels, plain.batch
+    yield plain
+    for _ in range(depth):
+        yield replace(plain, filters=3 * c)
+        yield replace(plain, residual_batch=plain.batch)
+        yield plain
+        was, plain = plain.batch, replace(plain, batch=batch)
+        yield replace(plain, residual_batch=was)
+        yield replace(plain, filters=8 * c)
+        yield replace(plain, channels=4 * c, residual_batch=batch)
+    yield replace(plain, residual_batch=before)
+
+
+def small(counts: Counter[Conv], library: Any) -> Counter[Conv]:
+    """Those that the kernel is for."""
+    return Counter({one: n for one, n in counts.items() if one.rows <= CONV_ROWS and one.plan(library)})
+
+
+def cuts(one: Conv, library: Any) -> Iterator[Conv]:
+    """Every cut of a convolution that there is."""
+    for wide in (64, 128):
+        for cluster in range(1, 9):
+            forced = replace(one, wide=wide, cluster=cluster)
+            if forced.plan(library):
+                yield forced
+
+
+# -- what they take ---------------------------------------------------------------------------------------------------
+
+
+def rotated(library: Any, one: Conv, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A call on the GPU with more copies of the weights, one after the other, than a cache can hold."""
+    check(cuda_runtime().cudaFree(0))
+    memory = one.memory(arrays)
+    memory["weight"] = np.concatenate([memory["weight"]] * copies_of(one))
+    return OnGpu(library.canny_conv, one.call(), memory, lambda y: y)
+
+
+def copies_of(one: Conv) -> int:
+    """How many copies of the weights no cache can hold."""
+    return max(1, -(-CACHED // one.weights))
+
+
+def kernel_us(on_gpu: OnGpu, one: Conv, replays: int) -> float:
+    """Microseconds of one call in this cut, its weights read from memory; `on_gpu` as `rotated` makes it."""
+    call: Any = on_gpu.call
+    copies, first = copies_of(one), call.weight
+    launches = max(LAUNCHES, copies)
+    call.cluster, call.wide = one.cluster, one.wide
+
+    def several(stream: Any) -> None:
+        for i in range(launches):
+            call.weight = first + i % copies * one.weights
+            on_gpu.launch(stream)
+
+    took = graph_us(several, replays) / launches
+    call.weight = first
+    return took
+
+
+def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replays: int) -> float | None:
+    """Microseconds of TensorRT's own, without the residual; None where it cannot be put in a row."""
+    if one.channels != one.filters or one.stride != 1:
+        return None
+    depth = max(DEPTH, min(40, -(-CACHED // one.weights)))
+    options = Options()
+    builder = flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR))
+    network = flavour.create_network(builder)
+    halves = {"weight": arrays["weight"], "bias": arrays["bias"].astype(np.float16)}
+    weights = Weights.from_dict({f"{i}.{name}": array.copy() for i in range(depth) for name, array in halves.items()})
+    net = Net(network, flavour, weights, options, "bench", "", np.float16)
+    y = x = network.add_input("x", net.type(np.float16), (one.batch, one.channels, one.height, one.width))
+    for i in range(depth):
+        y = conv(net.at(str(i)), y)
+    y.name = "y"
+    network.mark_output(y)
+    flavour.set_output_type(y, net.type(np.float16))
+    x.allowed_formats = y.allowed_formats = flavour.channels_last(options.precision)
+    made = flavour.serialize(builder, network, flavour.create_config(builder, options))
+    if made is None:
+        raise EngineError(f"TensorRT did not build {one}; its message is above.")
+    with Engine(bytes(made), flavour) as engine:
+        engine.upload({"x": arrays["x"].transpose(0, 3, 1, 2)})
+        return 1000.0 * float(np.median(engine.graph_times(replays))) / depth
+
+
+def measured(
+    library: Any, flavour: Flavour | None, counts: Counter[Conv], replays: int, sweep: bool
+) -> Iterator[dict[str, Any]]:
+    """A row for each shape, the longest first: its own cut, every cut with `sweep`, TensorRT's."""
+    for one, count in sorted(counts.items(), key=lambda item: -item[1] * item[0].weights):
+        arrays, row = one.arrays(), facts(library, one, count)
+        with rotated(library, one, arrays) as on_gpu:
+            row["kernel"] = kernel_us(on_gpu, one, replays)
+            tried = cuts(one, library) if sweep else ()
+            row["cuts"] = {f"{cut.wide}x{cut.cluster}": kernel_us(on_gpu, cut, replays) for cut in tried}
+        row["builtin"] = engine_us(flavour, one, arrays, replays) if flavour else None
+        print(f"{one}: {row['kernel']:.1f}", file=sys.stderr, flush=True)
+        yield row
+
+
+def facts(library: Any, one: Conv, count: int) -> dict[str, Any]:
+    """What is known of a convolution before it is timed."""
+    plan = one.plan(library)
+    assert plan is not None
+    wins = conv_wins(one.rows, one.filters)
+    return vars(one) | {"rows": one.rows, "count": count, "plan": vars(plan), "chosen": wins}
+
+
+def checked(library: Any, counts: Counter[Conv]) -> int:
+    """Every shape in every cut against float64; returns 1 where an error is over the tolerance."""
+    worst = 0.0
+    for one in counts:
+        arrays = one.arrays()
+        expected, off = one.expected(arrays), {}
+        with conv_on_gpu(library, one, arrays) as on_gpu:
+            for cut in cuts(one, library):
+                y, again = (result_of(on_gpu, cut) for _ in range(2))
+                one_off = error(y, expected) if y.tobytes() == again.tobytes() else np.inf
+                off[f"{cut.wide}x{cut.cluster}"] = one_off if one_off < np.inf else np.inf  # nan is no number either
+        most = max(off, key=lambda name: off[name])
+        worst = max(worst, off[most])
+        print(f"{one}: {off[most]:.1e} in the cut {most}{'' if off[most] < TOLERANCE else ' over'}", flush=True)
+    print(
+        f"worst of {len(counts)} shapes: {worst:.1e}, may be {TOLERANCE:.0e} (inf: nan, or other bits the second time)"
+    )
+    return int(not worst < TOLERANCE)
+
+
+def result_of(on_gpu: OnGpu, cut: Conv) -> np.ndarray:
+    """The result in this cut, over numbers that are none."""
+    call: Any = on_gpu.call
+    call.cluster, call.wide = cut.cluster, cut.wide
+    check(cuda_runtime().cudaMemset(call.y, 255, 2 * int(np.prod(cut.out))))
+    on_gpu.launch()
+    return on_gpu.result()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, check or plan. Returns 0, 1 where --check finds an error over 2e-3, 2 for what cannot be done."""
+    make = argparse.ArgumentParser(
+        prog="bench.conv", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = make.add_argument
+    add("--model", default="sd15", help="(%(default)s)")
+    add("--height", type=int, default=256, help="(%(default)s)")
+    add("--width", type=int, default=384, help="(%(default)s)")
+    add("--samples", type=int, default=1, help="(%(default)s)")
+    add("--replays", type=int, default=30, help="(%(default)s)")
+    for name, what in (
+        ("check", "no times: against float64"),
+        ("sweep", "every cut"),
+        ("builtin", "TensorRT's own, too"),
+        ("plan", "predictions only"),
+    ):
+        add(f"--{name}", action="store_true", help=what)
+    add("--library", type=Path, help="a compiled library (that of the TensorRT in this interpreter)")
+    add("--output", type=Path, default=Path("conv.json"), help="what was measured (%(default)s)")
+    options = make.parse_args(argv)
+    try:
+        here = gpu()
+        if here is None and not options.plan:
+            raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
+        shape = Shape(options.height, options.width, options.samples)
+        library = open_library(options.library or usual_library())
+        counts = small(convolutions(ModelConfig.load(options.model), shape), library)
+        if options.check:
+            return checked(library, counts)
+        if options.plan:
+            rows = [facts(library, one, n) | {"kernel": None, "builtin": None} for one, n in counts.items()]
+        else:
+            flavour = get_flavour("tensorrt") if options.builtin else None
+            rows = list(measured(library, flavour, counts, options.replays, options.sweep))
+    except (ValueError, OSError, EngineError) as why:
+        print(f"bench.conv: {why}", file=sys.stderr)
+        return 2
+    if not options.plan:
+        found = {"gpu": here.name if here else None, "rows": rows}
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    Console(width=140).print(table(here.name if here else "H200, predicted", rows))
+    return 0
+
+
+def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """What was measured, for people; the last column has the fastest cut of a sweep."""
+    view = Table(title=f"Convolutions, µs each: {name}")
+    columns = (
+        "B, h, w",
+        "C",
+        "D",
+        "size/stride",
+        "times",
+        "cut",
+        "blocks",
+        "predicted",
+        "kernel",
+        "builtin",
+        "best cut",
+    )
+    for column in columns:
+        view.add_column(column, justify="right")
+    for row in rows:
+        plan, swept = row["plan"], row.get("cuts") or {}
+        best = min(swept, key=lambda cut: swept[cut]) if swept else None
+        view.add_row(
+            f"{row['batch']}, {row['height']}, {row['width']}", str(row["channels"]), str(row["filters"]),
+            f"{row['size']}/{row['stride']}", str(row["count"]), f"{plan['high']}·{plan['wide']}x{plan['cluster']}",
+            str(plan["blocks"]), f"{plan['predicted_us']:.1f}", number(row["kernel"]), number(row["builtin"]),
+            f"{best} {swept[best]:.1f}" if best else "-", style="" if row["chosen"] else "dim",
+        )  # fmt: skip
+    sums = [sum(row["count"] * row["plan"]["predicted_us"] for row in rows)]
+    sums += [sum(row["count"] * (row["kernel"] or 0) for row in rows)]
+    view.add_row("sum", "", "", "", str(sum(row["count"] for row in rows)), "", "", *(f"{one:.0f}" for one in sums), "")
+    return view
+
+
+def number(value: float | None) -> str:
+    """A time, or a dash."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+// The plugin CannyConv, whatever the TensorRT.
+#pragma once
+
+#include "../tensorrt/plugin.h"
+#include "../tokens/map.h"
+#include "kernel.h"
+
+namespace canny {
+
+struct ConvOp {
+    struct Fields {
+        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0;
+    };
+    using Tensor = nvinfer1::PluginTensorDesc;
+
+    static constexpr char name[] = "CannyConv";
+    static constexpr std::array<Field, 4> fields{
+        {{"version", false, offsetof(Fields, version)},
+         {"size", false, offsetof(Fields, size)},
+         {"stride", false, offsetof(Fields, stride)},
+         {"residual", false, offsetof(Fields, residual)}}
+    };
+
+    static std::string fault(const Fields& f) {
+        if (f.size != 1 && f.size != 3) return "size is " + std::to_string(f.size) + ", but must be 1 or 3";
+        if (f.stride != 1 && f.stride != 2) return "stride is " + std::to_string(f.stride) + ", but must be 1 or 2";
+        return no_switch("residual", f.residual);
+    }
+
+    // x (B, C, h, w), weight (D / 64, C / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it, bias (D) and
+    // perhaps a residual (1 or B, D, h / stride, w / stride).
+    static int32_t inputs(const Fields& f) { return 3 + f.residual; }
+
+    static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
+        nvinfer1::DimsExprs y = in[0];
+        y.d[1] = in[2].d[0];
+        for (int32_t i = 2; i < 4; i++)
+            y.d[i] = build.operation(nvinfer1::DimensionOperation::kCEIL_DIV, *y.d[i], *build.constant(f.stride));
+        return y;
+    }
+
+    static bool supports(const Fields& f, int32_t pos, const Tensor* tensors) {
+        if (pos == 0 || pos >= 3) return is_token_map(tensors[pos]);
+        auto type = pos == 1 ? nvinfer1::DataType::kHALF : nvinfer1::DataType::kFLOAT;
+        return tensors[pos].type == type && tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
+    }
+
+    // What is wrong with the shapes of the inputs; empty where nothing is.
+    static std::string shape_fault(const Fields& f, const Tensor* in) {
+        const nvinfer1::Dims &x = in[0].dims, &weight = in[1].dims, &bias = in[2].dims, &residual = in[3].dims;
+        if (x.nbDims != 4 || x.d[1] % 64) return "its first input must have the shape (B, C, h, w), C a multiple of 64";
+        int32_t stages = f.size * f.size * int32_t(x.d[1]) / 64;
+        bool fits = weight.nbDims == 4 && weight.d[1] == stages && weight.d[2] == 64 && weight.d[3] == 64;
+        if (!fits || bias.nbDims != 1 || bias.d[0] != 64 * weight.d[0])
+            return "the weight must have the shape (D / 64, " + std::to_string(stages) + ", 64, 64) and the bias (D)";
+        if (!f.residual) return "";
+        bool same = residual.nbDims == 4 && x.d[0] % residual.d[0] == 0 && residual.d[1] == bias.d[0];
+        for (int32_t i = 2; i < 4; i++) same = same && residual.d[i] == (x.d[i] + f.stride - 1) / f.stride;
+        return same ? "" : "the residual must have the shape of the result, or that of a part of the batch";
+    }
+
+    static size_t workspace(const Fields&, const Tensor*) { return 0; }
+
+    // Enqueue the kernel; returns 0 or a cudaError_t.
+    static int32_t enqueue(
+        const Fields& f, int32_t, const Tensor* in, const void* const* from, void* to, void*,
+        cudaStream_t stream
+    ) {
+        const nvinfer1::Dims& x = in[0].dims;
+        CannyConv call{from[0], from[1], static_cast<const float*>(from[2]), f.residual ? from[3] : nullptr, to};
+        call.batch = int32_t(x.d[0]);
+        call.height = int32_t(x.d[2]);
+        call.width = int32_t(x.d[3]);
+        call.channels = int32_t(x.d[1]);
+        call.filters = int32_t(in[2].dims.d[0]);
+        call.size = f.size;
+        call.stride = f.stride;
+        call.residual_batch = f.residual ? int32_t(in[3].dims.d[0]) : 0;
+        return canny_conv(&call, stream);
+    }
+};
+
+}  // namespace canny

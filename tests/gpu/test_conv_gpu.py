@@ -1,0 +1,92 @@
+"""The convolution kernels on a GPU, called directly; the library is compiled first where none that fits is there."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench.conv import convolutions, cuts, result_of
+from plugins.build import build
+from plugins.call import error, open_library
+from plugins.call_conv import Conv, conv_on_gpu
+from plugins.load import CONV_CAPABILITY, PluginError
+from runtime.engine import check, cuda_runtime, gpu
+from trt_builder.config import ModelConfig, Shape
+from trt_builder.plugin_layers import CONV_ROWS
+
+HERE = gpu()
+pytestmark = pytest.mark.skipif(
+    HERE is None or HERE.capability != CONV_CAPABILITY, reason="cuda-python sees no GPU of compute capability 9.0"
+)
+
+NETWORKS = sorted(
+    (one for one in convolutions(ModelConfig.load("sd15"), Shape(256, 384, 1)) if one.rows <= CONV_ROWS),
+    key=lambda one: one.flop,
+)
+OTHERS = [
+    Conv(1, 64, 1, 1, 64), Conv(3, 64, 5, 7, 128, residual_batch=1), Conv(2, 192, 9, 13, 192, stride=2),
+    Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 640, 9, 13, 128, size=1, residual_batch=2),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[Any]:
+    try:
+        yield open_library(build())
+    except PluginError as why:
+        pytest.skip(str(why))
+
+
+@pytest.mark.parametrize("conv", [*OTHERS, *NETWORKS], ids=str)
+def test_every_cut_against_float64(library: Any, conv: Conv) -> None:
+    arrays = conv.arrays()
+    expected, tried = conv.expected(arrays), [conv, *cuts(conv, library)]
+    assert len(tried) > 1
+    with conv_on_gpu(library, conv, arrays) as on_gpu:
+        for cut in tried:
+            assert error(result_of(on_gpu, cut), expected) < 1e-3, cut
+
+
+@pytest.mark.parametrize("conv", [NETWORKS[0], NETWORKS[-1], OTHERS[1], replace(OTHERS[1], cluster=8)], ids=str)
+def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, conv: Conv) -> None:
+    """Several in a row, each of which may begin before the one before it has ended."""
+    cuda = cuda_runtime()
+    with conv_on_gpu(library, conv, conv.arrays()) as on_gpu:
+        on_gpu.launch()
+        first = on_gpu.result()
+        stream = check(cuda.cudaStreamCreate())
+        check(cuda.cudaStreamBeginCapture(stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal))
+        for _ in range(5):
+            on_gpu.launch(stream)
+        graph = check(cuda.cudaStreamEndCapture(stream))
+        captured = check(cuda.cudaGraphInstantiate(graph, 0))
+        for _ in range(100):
+            check(cuda.cudaGraphLaunch(captured, stream))
+            assert on_gpu.result().tobytes() == first.tobytes()
+        check(cuda.cudaGraphExecDestroy(captured))
+        check(cuda.cudaGraphDestroy(graph))
+        check(cuda.cudaStreamDestroy(stream))
+
+
+def test_a_chain_reads_what_the_one_before_it_wrote(library: Any) -> None:
+    """y of one is x of the next, 20 times over, with early launches: the same bits as with a wait between them."""
+    cuda, conv = cuda_runtime(), Conv(2, 1280, 4, 6, 1280)
+    with conv_on_gpu(library, conv, conv.arrays()) as on_gpu:
+        call: Any = on_gpu.call
+        x, y, size = call.x, call.y, 2 * conv.rows * conv.filters
+        kept = int(check(cuda.cudaMalloc(size)))
+        copy = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        check(cuda.cudaMemcpy(kept, x, size, copy))
+        results = []
+        for waits in (True, False):
+            check(cuda.cudaMemcpy(x, kept, size, copy))
+            for i in range(20):
+                call.x, call.y = (x, y) if i % 2 == 0 else (y, x)
+                on_gpu.launch()
+                if waits:
+                    check(cuda.cudaDeviceSynchronize())
+            results.append(on_gpu.result().tobytes())
+        call.x, call.y = x, y
+        check(cuda.cudaFree(kept))
+        assert results[0] == results[1]
