@@ -79,6 +79,7 @@ struct Block {
     std::vector<const __half*> rows;                 // of matrices to be loaded
     std::vector<std::array<uint32_t, 6>> fragments;  // of matrices to be multiplied
     std::vector<unsigned char> shared;
+    int left = 0;  // threads that have not ended
     std::map<uint32_t, Phases> phases;  // by address
 };
 
@@ -149,6 +150,8 @@ inline void live() {
     for (;;) {
         work(argument);
         current->done = true;
+        std::vector<unsigned char>& shared = current->block->shared;
+        if (--current->block->left == 0) std::fill(shared.begin(), shared.end() - kGuard, 0xff);  // nobody's any more
         pause();
     }
 }
@@ -202,6 +205,7 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
     for (int b = 0; b < size; b++) {
         Block& block = blocks[b];
         block.barrier = {threads, 0, 0};
+        block.left = threads;
         block.warps.assign(threads / 32, Barrier{32, 0, 0});
         block.groups.fill({});
         block.exchange.assign(threads, NAN);

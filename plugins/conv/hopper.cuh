@@ -146,6 +146,11 @@ __device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
     return v;
 }
 
+// cluster_arrive without the wait for what was written, which takes long: for those who only have read.
+__device__ __forceinline__ void cluster_arrive_read() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 // The next kernel, if it was launched to begin early, may be set up as soon as every block has called this.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

@@ -60,13 +60,16 @@ struct ConvBlock {
         positions = weights + p.places * kUnit;
         zeros = positions + p.x_places * p.x_rows * kConvPitch;
         barriers = shared_address(zeros + kConvZeros * kConvPitch);
-        rank = blockIdx.x % p.cluster;
-        first_filter = blockIdx.x / p.cluster * kWide;
-        first_row = blockIdx.y * kHigh;
-        first = p.units * rank / p.cluster;
-        last = p.units * (rank + 1) / p.cluster;
+        rank = blockIdx.x;
+        first_filter = blockIdx.y * kWide;
+        first_row = blockIdx.z * kHigh;
+        first = rank * p.share + min(rank, p.rest);
+        last = first + p.share + (rank < p.rest);
         range = conv_range(p, first_row, kHigh);
     }
+
+    // Which 64 channels a unit is of.
+    __device__ __forceinline__ int32_t part_of(int32_t unit) const { return p.taps == 9 ? unit / 9 : unit; }
 
     __device__ __forceinline__ ConvRing weights_ring() const { return {barriers, p.places}; }
     __device__ __forceinline__ ConvRing positions_ring() const { return {barriers + 16 * p.places, p.x_places}; }
@@ -106,7 +109,7 @@ struct ConvBlock {
         constexpr int32_t kStep = kConvLoaders / 8;
         int32_t column = me % 8 * 8, rows = range.last - range.first;
         const __half* x = static_cast<const __half*>(p.call.x) + int64_t(range.first) * p.call.channels + column;
-        for (int32_t part = first / p.taps; part <= (last - 1) / p.taps; part++) {
+        for (int32_t part = part_of(first), end = part_of(last - 1); part <= end; part++) {
             ring.wait_empty();
             __half* to = positions + ring.place * p.x_rows * kConvPitch + column;
             const __half* from = x + part * kConvDeep;
@@ -118,16 +121,31 @@ struct ConvBlock {
         }
     }
 
-    // The warpgroups: multiply, then leave the sums where the cluster finds them, in place of everything else.
-    __device__ __forceinline__ void multiply(float (&sums)[kSums]) const {
-        int32_t lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 * 16 + lane % 16;
-        int32_t at = conv_source(p, row) - range.first, channel = lane / 16 * 8;
-        uint32_t exist = row < p.rows ? existing_taps(row) : 0;
+    // The row of y whose x this lane names to its warp: where the middle tap lies in a place, which taps there are, a bit
+    // each, and from which channel on.
+    struct Row {
+        int32_t at, channel;
+        uint32_t exist;
+    };
+
+    __device__ __forceinline__ Row row() const {
+        int32_t lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 * 16 + lane % 16, stride = p.call.stride;
+        ConvPosition to = conv_position(p, row);
+        uint32_t line = 2 | (to.x > 0) | uint32_t(to.x * stride + 1 < p.call.width) << 2, taps = line << 3;
+        if (to.y > 0) taps |= line;
+        if (to.y * stride + 1 < p.call.height) taps |= line << 6;
+        if (p.taps == 1) taps = 1;
+        return {to.at - range.first, lane / 16 * 8, row < p.rows ? taps : 0};
+    }
+
+    // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments.
+    __device__ __forceinline__ void multiply(float (&sums)[kSums], const Row& row) const {
+        int32_t lane = threadIdx.x % 32;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
-        int32_t tap = first - first / p.taps * p.taps;
+        int32_t tap = first - part_of(first) * p.taps;
         uint32_t a[2][4][4];
         x_ring.wait_full();
-        pick(a[0], x_ring.place, at, exist, tap, channel);
+        pick(a[0], row, x_ring.place, tap);
         auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
             ring.wait_full();
             uint64_t b = matrix_at(shared_address(weights + ring.place * kUnit));
@@ -139,7 +157,7 @@ struct ConvBlock {
             if (++tap == p.taps) tap = 0, x_ring.next();
             if (unit + 1 < last) {
                 if (tap == 0) x_ring.wait_full();
-                pick(after, x_ring.place, at, exist, tap, channel);
+                pick(after, row, x_ring.place, tap);
             }
             products_wait<0>();
             if (lane == 0) {
@@ -155,29 +173,14 @@ struct ConvBlock {
         products_done(sums);
     }
 
-    // Which taps of a row of y lie in the map, a bit each.
-    __device__ __forceinline__ uint32_t existing_taps(int32_t row) const {
-        int32_t size = p.call.size, line = row / p.out_width, border = size / 2;
-        int32_t top = line % p.out_height * p.call.stride - border;
-        int32_t left = (row - line * p.out_width) * p.call.stride - border;
-        uint32_t bits = 0;
-        for (int32_t k = 0; k < p.taps; k++) {
-            int32_t down = top + k / size, right = left + k % size;
-            bits |= uint32_t(down >= 0 && down < p.call.height && right >= 0 && right < p.call.width) << k;
-        }
-        return bits;
-    }
-
-    // This warp's 16 positions × 64 channels of a tap; `at`, `exist` and `channel` are of the row that this lane names.
-    __device__ __forceinline__ void pick(
-        uint32_t (&a)[4][4], int32_t place, int32_t at, uint32_t exist, int32_t tap, int32_t channel
-    ) const {
+    // This warp's 16 positions × 64 channels of a tap.
+    __device__ __forceinline__ void pick(uint32_t (&a)[4][4], const Row& row, int32_t place, int32_t tap) const {
         int32_t line = p.taps == 9 ? tap / 3 : 1, column = p.taps == 9 ? tap - 3 * line : 1;
-        int32_t row = at + (line - 1) * p.call.width + column - 1;
-        const __half* from = positions + (place * p.x_rows + row) * kConvPitch;
-        if (!(exist >> tap & 1)) from = zeros + (row & (kConvZeros - 1)) * kConvPitch;
+        int32_t at = row.at + (line - 1) * p.call.width + column - 1;
+        const __half* from = positions + (place * p.x_rows + at) * kConvPitch;
+        if (!(row.exist >> tap & 1)) from = zeros + (at & (kConvZeros - 1)) * kConvPitch;
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_matrices(a[k], from + channel + 16 * k);
+        for (int k = 0; k < 4; k++) load_matrices(a[k], from + row.channel + 16 * k);
     }
 
     __device__ __forceinline__ void lay_out(const float (&sums)[kSums]) const {
@@ -194,14 +197,17 @@ struct ConvBlock {
         constexpr int32_t kVectors = kWide / 8;
         int32_t rows = p.rows - first_row < kHigh ? p.rows - first_row : kHigh;
         int32_t count = rows * kVectors, residual_rows = c.residual_batch * p.out_height * p.out_width;
-        for (int32_t i = count * rank / p.cluster + threadIdx.x; i < count * (rank + 1) / p.cluster; i += blockDim.x) {
+        for (int32_t i = rank * blockDim.x + threadIdx.x; i < count; i += p.cluster * blockDim.x) {
             int32_t at = i / kVectors, column = i % kVectors * 8, row = first_row + at, filter = first_filter + column;
             const float* mine = reinterpret_cast<const float*>(memory) + at * kSumsPitch + column;
             Vector<float> y;
             y.load(c.bias + filter);
             Vector<__half> v;
             if (c.residual)
-                v.load(static_cast<const __half*>(c.residual) + int64_t(row % residual_rows) * c.filters + filter);
+                v.load(
+                    static_cast<const __half*>(c.residual) + filter +
+                    int64_t(row - conv_divide(row, p.by_residual) * residual_rows) * c.filters
+                );
             add_up(y.value, mine);
             if (c.residual)
 #pragma unroll
@@ -229,7 +235,7 @@ struct ConvBlock {
     }
 };
 
-// Grid: blocks of a cluster times tiles of filters, tiles of rows.
+// Grid: blocks of a cluster, tiles of filters, tiles of rows.
 template <int kGroups, int kWide>
 __global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p) {
     using Block = ConvBlock<kGroups, kWide>;
@@ -240,14 +246,15 @@ __global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p
         block.begin_barriers();
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
-    if (helper < 0) block.clear_zeros();
+    typename Block::Row row{};
+    if (helper < 0) block.clear_zeros(), row = block.row();
     __syncwarp();
     __syncthreads();  // barriers and zeros are there
     let_next_begin();
     wait_for_previous();
     if (helper < 0) {
         float sums[Block::kSums] = {};
-        block.multiply(sums);
+        block.multiply(sums, row);
         group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
         block.lay_out(sums);
     } else if (helper < kConvLoaders) {
@@ -259,7 +266,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p
     __syncthreads();  // the sums are there
     if (p.cluster > 1) cluster_arrive(), cluster_wait();
     block.store();
-    if (p.cluster > 1) cluster_arrive(), cluster_wait();  // nobody reads this block's memory any more
+    if (p.cluster > 1) cluster_arrive_read(), cluster_wait();  // nobody reads this block's memory any more
 }
 
 // Do a call with `launch(kernel, grid, cluster, threads, bytes of shared memory, params)`; false where its shape has no
@@ -270,7 +277,7 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     if (!plan.groups) return false;
     const ConvParams& p = plan.params;
     int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups);
-    dim3 grid(call.filters / plan.wide * p.cluster, (p.rows + high - 1) / high);
+    dim3 grid(p.cluster, call.filters / plan.wide, (p.rows + high - 1) / high);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, p); };
     if (plan.groups == 1) return plan.wide == 64 ? go(conv<1, 64>) : go(conv<1, 128>);
     if (plan.groups == 2) return plan.wide == 64 ? go(conv<2, 64>) : go(conv<2, 128>);

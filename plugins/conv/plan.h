@@ -21,7 +21,8 @@ struct ConvParams {
     CannyConv call;
     int32_t out_height, out_width, rows;  // rows: B·h·w of y
     int32_t taps, units;                  // units: taps · channels / 64
-    int32_t cluster;
+    int32_t cluster, share, rest;         // units of a block, of which the first `rest` have one more
+    uint32_t by_width, by_height, by_residual;  // inverses of out_width, out_height, rows of the residual
     int32_t x_rows, x_places, places;  // rows of x that a tile needs, at most; places for as many, and for weights
 };
 
@@ -32,14 +33,26 @@ struct ConvPlan {
 
 constexpr int32_t conv_threads(int32_t groups) { return groups * kConvWarpgroup + kConvLoaders + 32; }
 
-// Where the x that the first tap of the first column of a row is for would lie, were there no border: in positions.
 #ifdef __CUDACC__
-__host__ __device__
+#define CANNY_BOTH __host__ __device__ __forceinline__
+#else
+#define CANNY_BOTH inline
 #endif
-inline int32_t conv_source(const ConvParams& p, int32_t row) {
-    int32_t line = row / p.out_width, b = line / p.out_height, stride = p.call.stride;
-    int32_t y = (line - b * p.out_height) * stride, x = (row - line * p.out_width) * stride;
-    return (b * p.call.height + y) * p.call.width + x;
+
+// n / d for n, d below 8192, `by` being conv_inverse(d); see divide in group_norm/device.cuh.
+constexpr uint32_t conv_inverse(uint32_t d) { return uint32_t(((uint64_t(1) << 32) + 2 * d - 1) / (2 * d)); }
+CANNY_BOTH int32_t conv_divide(int32_t n, uint32_t by) { return int32_t(uint64_t(2u * n + 1u) * by >> 32); }
+constexpr int32_t kConvMostRows = 8000;  // with those that a tile has beyond the end below 8192
+
+// A position of y, and where the x of its middle tap lies: in positions.
+struct ConvPosition {
+    int32_t b, y, x, at;
+};
+
+CANNY_BOTH ConvPosition conv_position(const ConvParams& p, int32_t row) {
+    int32_t line = conv_divide(row, p.by_width), b = conv_divide(line, p.by_height), stride = p.call.stride;
+    int32_t y = line - b * p.out_height, x = row - line * p.out_width;
+    return {b, y, x, (b * p.call.height + y * stride) * p.call.width + x * stride};
 }
 
 // The positions of x, from `first` to before `last`, that a tile of rows needs.
@@ -47,13 +60,11 @@ struct ConvRange {
     int32_t first, last;
 };
 
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline ConvRange conv_range(const ConvParams& p, int32_t first_row, int32_t high) {
+CANNY_BOTH ConvRange conv_range(const ConvParams& p, int32_t first_row, int32_t high) {
     int32_t border = p.call.size / 2 * (p.call.width + 1), all = p.call.batch * p.call.height * p.call.width;
     int32_t last_row = first_row + high < p.rows ? first_row + high - 1 : p.rows - 1;
-    int32_t first = conv_source(p, first_row) - border, last = conv_source(p, last_row) + border + 1;
+    int32_t first = conv_position(p, first_row).at - border;
+    int32_t last = conv_position(p, last_row).at + border + 1;
     return {first > 0 ? first : 0, last < all ? last : all};
 }
 
@@ -100,7 +111,7 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     bool sizes = call.batch > 0 && call.height > 0 && call.width > 0 && call.channels > 0 && call.filters > 0;
     if (!sizes || call.channels % kConvDeep || call.filters % 64) return none;
     if ((call.size != 1 && call.size != 3) || (call.stride != 1 && call.stride != 2)) return none;
-    if (call.residual && call.residual_batch < 1) return none;
+    if (call.residual && (call.residual_batch < 1 || call.residual_batch > call.batch)) return none;
     if (call.cluster < 0 || call.cluster > kConvMostCluster) return none;
     ConvParams p{call};
     p.out_height = (call.height + call.stride - 1) / call.stride;
@@ -108,6 +119,10 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     p.rows = call.batch * p.out_height * p.out_width;
     p.taps = call.size * call.size;
     p.units = p.taps * (call.channels / kConvDeep);
+    if (p.rows > kConvMostRows) return none;
+    p.by_width = conv_inverse(p.out_width);
+    p.by_height = conv_inverse(p.out_height);
+    p.by_residual = call.residual ? conv_inverse(call.residual_batch * p.out_height * p.out_width) : 0;
     for (int32_t wide : {64, 128}) {
         if (call.filters % wide || (call.wide && call.wide != wide)) continue;
         ConvPlan plan;
@@ -120,6 +135,8 @@ inline ConvPlan conv_plan(const CannyConv& call) {
         for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
             if (call.cluster && call.cluster != cluster) continue;
             plan.params.cluster = cluster;
+            plan.params.share = p.units / cluster;
+            plan.params.rest = p.units % cluster;
             plan.predicted = conv_predicted(plan);
             if (!best.groups || plan.predicted < best.predicted) best = plan;
         }
