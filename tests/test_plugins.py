@@ -315,6 +315,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     library = build(request.param, ["90"], folder, out, say=said.append)
     frames = re.findall(r"(\d+) bytes stack frame", "\n".join(said))
     assert len(frames) > 15 and set(frames) == {"0"}, "a kernel spills registers, or indexes them"
+    assert "serialized" not in "".join(said), "products of a warpgroup wait for each other"
     yield library, folder
     assert not list(out.glob(".build-*")) and build(request.param, ["90"], folder, out).is_file()
 
