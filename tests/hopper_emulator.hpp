@@ -163,6 +163,5 @@ inline float4 cluster_read_4(const float* mine, int rank) {
 }
 
 inline void cluster_arrive_read() { cluster_arrive(); }
-inline void let_next_begin() {}
 
 }  // namespace canny

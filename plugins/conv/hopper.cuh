@@ -132,7 +132,7 @@ __device__ __forceinline__ void multiply_group(float (&c)[64], const uint32_t (&
 #undef CANNY_SUMS
 #undef CANNY_SUMS_16
 
-// -- clusters and grids -----------------------------------------------------------------------------------------------
+// -- clusters --------------------------------------------------------------------------------------------------------
 
 // Four floats that lie at the address of `mine` in the shared memory of the block number `rank` of the cluster.
 __device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
@@ -150,9 +150,6 @@ __device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
 __device__ __forceinline__ void cluster_arrive_read() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-
-// The next kernel, if it was launched to begin early, may be set up as soon as every block has called this.
-__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 }  // namespace canny
 #endif
