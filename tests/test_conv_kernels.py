@@ -59,6 +59,21 @@ def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
     assert error(*emulate(emulator, conv, order=2)) < 1e-3
 
 
+@pytest.mark.slow
+def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
+    """As long products as a step has, in the cut that the whole shape would have."""
+    from bench.conv import convolutions
+    from trt_builder.config import ModelConfig, Shape
+
+    for conv in convolutions(ModelConfig.load("sd15"), Shape(256, 384)):
+        plan = conv.plan(emulator)
+        if conv.rows > 768 or plan is None:
+            continue
+        assert plan.shared <= 227 << 10
+        part = replace(conv, filters=plan.wide, wide=plan.wide, cluster=plan.cluster)
+        assert error(*emulate(emulator, part)) < 1e-3, conv
+
+
 def test_expected_is_what_torch_says() -> None:
     import torch
 
