@@ -294,11 +294,15 @@ def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(FlavourError, match="no plugin CannyConv: it was not loaded; use another --conv"):
         recording(False, None).has_conv_plugin(48, (1280, 1280, 3, 3), 1, own)
     library = SimpleNamespace(architectures=["80"], path="lib.so", source="0")
+    monkeypatch.setattr("trt_builder.plugin_layers.gpu", lambda: None)
     monkeypatch.setattr("trt_builder.plugin_layers.load", lambda trt: library)
-    with pytest.raises(FlavourError, match="lib.so has no convolutions: they are for compute capability 9.0"):
+    with pytest.raises(FlavourError, match="lib.so has no convolutions of ours: they are for compute capability 9.0"):
         flavour.load_plugins(own)
     library.architectures.append("90")
     assert flavour.load_plugins(own) == {"CannyConv": "0"}
+    monkeypatch.setattr("trt_builder.plugin_layers.gpu", lambda: SimpleNamespace(name="A100", capability="8.0"))
+    with pytest.raises(FlavourError, match="A100 has no convolutions of ours"):
+        flavour.load_plugins(own)
 
 
 @pytest.fixture(scope="module", params=["8.6", "10+"])

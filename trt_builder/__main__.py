@@ -174,8 +174,7 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
     own = flavour.plugins_win(options.precision, capability)
     switches = Options(
         options.precision, usual(options.attention, own, "fused"), options.qkv, not options.no_shared_prefix,
-        options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"),
-        options.conv,
+        options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"), options.conv,
     )  # fmt: skip
     manifest = replace(
         wanted,
@@ -227,9 +226,7 @@ def facts(options: argparse.Namespace) -> Manifest:
 
 def usual(asked: Any, own: bool, otherwise: Any) -> Any:
     """What an option is that may be "auto": our plugin where it wins."""
-    if asked != "auto":
-        return asked
-    return "own" if own else otherwise
+    return ("own" if own else otherwise) if asked == "auto" else asked
 
 
 def place(flavour: Flavour, targets: list[str]) -> tuple[str | None, str | None, list[str]]:

@@ -23,6 +23,7 @@ from plugins.load import (
     find,
     load,
 )
+from runtime.engine import gpu
 from trt_builder.config import Options
 
 if TYPE_CHECKING:
@@ -117,8 +118,11 @@ class PluginLayers:
         if not needed:
             return {}
         library = load(self.trt)
-        if options.conv == "own" and not {"90", "90a"} & set(library.architectures):
-            raise FlavourError(f"{library.path} has no convolutions: they are for compute capability {CONV_CAPABILITY}")
+        here = gpu()
+        other_gpu = here is not None and here.capability != CONV_CAPABILITY
+        if options.conv == "own" and (other_gpu or not {"90", "90a"} & set(library.architectures)):
+            what = f"{here.name if here and other_gpu else library.path} has no convolutions of ours"
+            raise FlavourError(f"{what}: they are for compute capability {CONV_CAPABILITY}; use --conv builtin")
         return dict.fromkeys(needed, library.source)
 
     def _no_built_in(self, channels: int, rows: int, options: Options) -> str | None:
