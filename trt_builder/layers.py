@@ -198,9 +198,8 @@ def concat(net: Net, tensors: Sequence[trt.ITensor], axis: int, what: str = "con
 
 def match_batch(net: Net, x: trt.ITensor, batch: int) -> trt.ITensor:
     """Repeat x (N, …) along its batch to `batch` = k·N rows: sample order is kept within each of the k groups."""
-    if (
-        x.shape[0] == 1 < batch and len(x.shape) == 4
-    ):  # a sum takes one layer, where TensorRT 8.6 takes three to join maps
+    if x.shape[0] == 1 < batch and len(x.shape) == 4:
+        # A sum is one layer; to join two maps TensorRT 8.6 takes three.
         return add(net, x, net.constant(np.zeros(batch), (batch, 1, 1, 1), "zeros"), "match_batch")
     return x if x.shape[0] == batch else concat(net, [x] * (batch // x.shape[0]), 0, "match_batch")
 
