@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from test_group_norm import compile_emulator
 
+from bench.attention import attentions, between
 from plugins.call import Geglu, LayerNorm, Sum, error
+from trt_builder.config import ModelConfig, Shape
 
 KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "tokens"
 GUARD = 4096  # bytes before and after each array, which nothing may touch
@@ -78,3 +80,11 @@ def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Ge
 def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu | Sum) -> None:
     call = replace(what).call()
     assert getattr(emulator, what.function)(ctypes.byref(call), 0) == 1
+
+
+def test_a_step_has_three_norms_and_a_gate_a_block() -> None:
+    """23 blocks: 7 in ControlNet, 7 in the UNet's input half, 9 in its output half."""
+    counts = between(attentions(ModelConfig.load("sd15"), Shape(256, 384, 1)))
+    norms = {what: count for what, count in counts.items() if isinstance(what, LayerNorm)}
+    assert sum(norms.values()) == 69 and sum(counts.values()) == 69 + 23
+    assert norms[LayerNorm(1536, 320)] == 4  # of each network's first block, before cond and uncond part
