@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 
 from bench.attention import attentions, between
-from plugins.build import build
-from plugins.call import error, open_library
-from plugins.load import PluginError
+from plugins.call import error
 from plugins.token_calls import Geglu, LayerNorm, Sum, tokens_on_gpu
 from runtime.engine import gpu
 from trt_builder.config import ModelConfig, Shape
@@ -17,14 +15,6 @@ pytestmark = pytest.mark.skipif(gpu() is None, reason="cuda-python sees no NVIDI
 NETWORKS = list(between(attentions(ModelConfig.load("sd15"), Shape(256, 384, 1))))
 SUMS = [Sum(48, 1280), Sum(192, 1280), Sum(768, 640), Sum(3072, 320)]
 OTHERS = [LayerNorm(1, 8), LayerNorm(5, 2048), LayerNorm(3, 264), Geglu(1, 8), Geglu(7, 1272), Sum(1, 8)]
-
-
-@pytest.fixture(scope="module")
-def library() -> Any:
-    try:
-        return open_library(build())
-    except PluginError as why:
-        pytest.skip(str(why))
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
