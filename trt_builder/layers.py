@@ -248,14 +248,18 @@ def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
 def layer_norm(net: Net, x: trt.ITensor, eps: float = 1e-5) -> trt.ITensor:
     """LayerNorm over the channels of tokens (B, T, C), or of a map (B, C, h, w), which our plugin does."""
     if len(x.shape) == 4:
-        exact = net.float32()
-        scale, bias = (exact.constant(exact.weight(name), (x.shape[1],), name) for name in ("weight", "bias"))
-        return own(net, LAYER_NORM, [x, scale, bias], epsilon=eps)
+        return own(net, LAYER_NORM, [x, *scale_and_bias(net, x.shape[1])], epsilon=eps)
     scale = net.constant(net.weight(), (1, 1, x.shape[2]), "weight")
     bias = net.constant(net.weight("bias"), (1, 1, x.shape[2]), "bias")
     layer = getattr(net.network, net.flavour.normalization)(x, scale, bias, 1 << 2)
     layer.epsilon = eps
     return net.add(layer)
+
+
+def scale_and_bias(net: Net, channels: int) -> list[trt.ITensor]:
+    """A normalisation's weight and bias as its plugin takes them: (C) in float32."""
+    exact = net.float32()
+    return [exact.constant(exact.weight(name), (channels,), name) for name in ("weight", "bias")]
 
 
 def group_norm(
@@ -271,13 +275,11 @@ def group_norm(
     if row is not None and plugin != "own":
         x, row = add(net, x, reshape(net, row, (1, channels, 1, 1), what="row"), "add_row"), None
     if plugin:
-        exact = net.float32()
-        scale = exact.constant(exact.weight(), (channels,), "weight")
-        bias = exact.constant(exact.weight("bias"), (channels,), "bias")
+        inputs = [x, *scale_and_bias(net, channels)]
         if plugin == "builtin":
             name = "/".join(net.path)
-            return net.add(net.flavour.add_built_in(net.network, [x, scale, bias], name, eps, with_silu))
-        inputs = [x, scale, bias] if row is None else [x, scale, bias, row]
+            return net.add(net.flavour.add_built_in(net.network, inputs, name, eps, with_silu))
+        inputs += [] if row is None else [row]
         return own(net, GROUP_NORM, inputs, groups=groups, silu=int(with_silu), row=int(row is not None), epsilon=eps)
     per_channel = net.flavour.normalization == "add_normalization_v2"
     scale = net.constant(net.weight(), (1, channels, 1, 1), "weight")
