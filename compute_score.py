@@ -28,6 +28,7 @@ from runtime.schedule import Schedule, ddim_timesteps, every_schedule
 
 if TYPE_CHECKING:  # these import torch or matplotlib, which a mistyped option need not wait for
     from bench.measure import Input, Pipeline, Tell
+    from bench.remote import Remote
     from runtime import Canny2Image
 
 ROOT = Path(__file__).resolve().parent
@@ -77,6 +78,7 @@ def parser() -> Parser:
     add("--weights", type=Path, help="the model's weights (its usual place)")
     add("--backend", choices=("auto", "torch", "tensorrt"), default="auto", help="of the candidate (%(default)s)")
     add("--engines", type=Path, help="the folder of TensorRT engines, or one that holds several (engines/)")
+    add("--engine-python", type=Path, metavar="PYTHON", help="run TensorRT in this interpreter, PyTorch in this one")
     add("--schedule", default="hackathon-10", help="a name, all names, steps as 19,18,4 or a .yaml file (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where PyTorch runs (%(default)s)")
     add = make.add_argument_group("what to do with the result").add_argument
@@ -300,14 +302,14 @@ def choose_device(options: argparse.Namespace) -> str:
 
 def load_pipelines(
     options: argparse.Namespace, schedules: Sequence[Schedule], device: str, inputs: Sequence[Input]
-) -> tuple[Pipeline, dict[str, Pipeline], Canny2Image | None]:
+) -> tuple[Pipeline, dict[str, Pipeline], Canny2Image | Remote | None]:
     """Reference and candidates on one set of weights, and what makes the candidates' pictures where TensorRT does."""
     from bench.candidate import Scheduled, tensorrt_candidate
     from cldm.canny2image import Reference, Staged, load_model
 
     shapes = [(item.height, item.width, options.samples) for item in inputs]
     chosen = options.backend, options.engines, options.model, options.weights
-    engines = tensorrt_candidate(*chosen, schedules, shapes)
+    engines = tensorrt_candidate(*chosen, schedules, shapes, options.engine_python)
     model = load_model(options.model, options.weights, device)
     made = [Scheduled(engines, schedule) if engines else Staged(model, schedule) for schedule in schedules]
     names = [schedule.name for schedule in schedules] if options.schedule == "all" else ["candidate"]

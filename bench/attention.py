@@ -22,8 +22,8 @@ from rich.table import Table
 
 from bench.group_norm import LAUNCHES, graph_us
 from plugins.call import Attention, OnGpu, attention_on_gpu, error, open_library
-from plugins.call_tokens import Geglu, LayerNorm, Sum, tokens_on_gpu
 from plugins.load import library_path
+from plugins.token_calls import Geglu, LayerNorm, Sum, tokens_on_gpu
 from runtime.engine import gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Shape, UNetConfig

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.remote import Remote
 from models import find_weights
 from runtime.engine import gpu
 from runtime.pipeline import Canny2Image, usable
@@ -26,18 +27,22 @@ def tensorrt_candidate(
     weights: Path | None,
     schedules: Sequence[Schedule],
     shapes: Iterable[tuple[int, int, int]],
-) -> Canny2Image | None:
+    python: Path | None = None,
+) -> Canny2Image | Remote | None:
     """The TensorRT pipeline, or None where PyTorch makes the candidate's pictures.
 
     backend: "tensorrt", "torch", or "auto", which takes TensorRT where there are a GPU and fitting engines, and says
     so. It begins with the first of the schedules and keeps all of them. shapes: height, width and samples of all
-    pictures to come. Raises ValueError where TensorRT is asked for and
+    pictures to come. python: another interpreter to run TensorRT in. Raises ValueError where TensorRT is asked for and
     cannot make them.
     """
     if backend == "torch":
-        if engines:
-            log.warning("--engines is for --backend tensorrt: the torch backend does not read it.")
+        for option, value in (("--engines", engines), ("--engine-python", python)):
+            if value:
+                log.warning("%s is for --backend tensorrt: the torch backend does not read it.", option)
         return None
+    if python:
+        return Remote(python, engines or ENGINES, model, weights, list(schedules), list(shapes))
     if backend == "auto":
         folder = engines or ENGINES
         if not usable(folder):
@@ -51,16 +56,24 @@ def tensorrt_candidate(
             return None
         log.warning("TensorRT makes the candidate's pictures, with the engines in %s.", folder)
         return pipeline
+    return tensorrt_pipeline(engines or ENGINES, model, weights, schedules, shapes)
+
+
+def tensorrt_pipeline(
+    folder: Path, model: str, weights: Path | None, schedules: Sequence[Schedule],
+    shapes: Iterable[tuple[int, int, int]],
+) -> Canny2Image:  # fmt: skip
+    """As `open_pipeline`; ValueError where there is no GPU."""
     if gpu() is None:
         raise ValueError("--backend tensorrt needs an NVIDIA GPU, and cuda-python sees none here: use --backend torch.")
-    return open_pipeline(engines or ENGINES, model, weights, schedules, shapes)
+    return open_pipeline(folder, model, weights, schedules, shapes)
 
 
 @dataclass(frozen=True)
 class Scheduled:
     """The TensorRT pipeline by one of its schedules."""
 
-    pipeline: Canny2Image
+    pipeline: Canny2Image | Remote
     schedule: Schedule
 
     def process(self, *arguments: Any, **named: Any) -> list[Any]:

@@ -28,7 +28,7 @@ from rich.table import Table
 from bench.attention import usual_library
 from bench.group_norm import graph_us
 from plugins.call import OnGpu, error, open_library
-from plugins.call_conv import Conv, conv_on_gpu
+from plugins.conv_calls import Conv, conv_on_gpu
 from runtime.engine import Engine, check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig

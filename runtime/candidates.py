@@ -77,6 +77,13 @@ def starts(family: str, budget: float, count: int) -> list[Candidate]:
     return list(dict.fromkeys(made))
 
 
+def taken_over(schedule: Schedule, budget: float, costs: dict[str, float]) -> list[Candidate]:
+    """The evaluations of a known schedule, to be given weights anew; none where they do not fit the budget."""
+    kinds = tuple(rule.name if rule.evaluates else "" for rule in schedule.rules)
+    made = Candidate(kinds, fit=True)
+    return [made] if budget - 0.5 < made.cost(costs) <= budget + 1e-9 else []
+
+
 def cheapened(c: Candidate, kind: str, budget: float, costs: dict[str, float]) -> Candidate | None:
     """The candidate with its last evaluations made cheaper until it fits the budget; None if that is not enough.
 

@@ -28,7 +28,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from runtime.candidates import COSTS, FAMILIES, Candidate, Found, beam_search, cheapened, neighbours, starts
+from runtime.candidates import (
+    COSTS,
+    FAMILIES,
+    Candidate,
+    Found,
+    beam_search,
+    cheapened,
+    neighbours,
+    starts,
+    taken_over,
+)
 from runtime.command_line import sentence, stop
 from runtime.manifest import write_whole
 from runtime.rules import EVALUATIONS, ScheduleError, rule_of
@@ -163,6 +173,8 @@ def search(
         for family in sorted(options.families, key=FAMILIES.index):
             for budget in sorted(options.budget):
                 begin = [*starts(family, budget, count), *from_others(family, budget, best, options.costs)]
+                if family == "fitted":
+                    begin += [c for s in options.begin for c in taken_over(s, budget, options.costs)]
                 found = beam_search(
                     score, dict.fromkeys(begin), lambda c, f=family, b=budget: neighbours(c, f, b, options.costs),  # type: ignore[misc]
                     options.beam, options.rounds, options.tries, options.seed,
@@ -188,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", nargs="+", type=float, default=[10.0], help="evaluations that a picture may cost (10)")
     add("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="(all four)")
     add("--costs", type=costs, default=COSTS, metavar="RULE=COST,…", help=f"of a partial evaluation ({text_of(COSTS)})")
+    add("--begin", nargs="+", default=[], metavar="SCHEDULE", help="known ones, to be given weights anew (none)")
     add("--beam", type=int, default=3, help="schedules that are improved at once (%(default)s)")
     add("--rounds", type=int, default=4, help="of improvement (%(default)s)")
     add("--tries", type=int, default=12, help="neighbours tried in each round (%(default)s)")
@@ -263,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.device = compute_score.choose_device(options)
         options.workers = options.workers or (1 if options.device == "cuda" else min(8, os.cpu_count() or 1))
         settings = settings_of(options)
+        options.begin = [Schedule.parse(text, options.steps) for text in options.begin]
         tried = Log(options.output / "tried.jsonl", settings)
         columns = SpinnerColumn(), TextColumn("{task.completed} schedules tried"), TimeElapsedColumn()
         with Progress(*columns) as bar:

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_group_norm import compile_emulator
+from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 
 from plugins.call import Attention, error
 
-KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "attention"
-GUARD = 4096  # bytes before and after each array, which nothing may touch
+KERNELS, SOURCE = PLUGINS / "attention", "attention_emulated.cpp"
 
 SHAPES = [  # of the networks, with fewer heads
     Attention(1, 2, 384, 384, 80, joined=True), Attention(2, 2, 96, 96, 160, joined=True),
@@ -32,24 +31,20 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, source="attention_emulated.cpp")
+    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, SOURCE)
 
 
 def emulate(
     library: Any, attention: Attention, deviation: float = 1.0, order: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the kernels make of random arrays, and what float64 does; everything else in memory stays as it was."""
-    arrays, call, held = attention.arrays(deviation), attention.call(), {}
-    for name, array in attention.memory(arrays).items():
-        held[name] = memory = np.full(array.nbytes + 2 * GUARD, 255, np.uint8)
-        memory[GUARD:-GUARD] = array.reshape(-1).view(np.uint8)
-        setattr(call, name, memory.ctypes.data + GUARD)
-    attention.place(call)
-    before = {name: memory.copy() for name, memory in held.items()}
-    assert library.emulate_attention(ctypes.byref(call), order) == 0
-    y = held["y"][GUARD:-GUARD].copy()
-    before["y"][GUARD:-GUARD] = y
-    assert all(np.array_equal(held[name], before[name]) for name in held), "written to where it must not be"
+    arrays, call = attention.arrays(deviation), attention.call()
+
+    def run() -> int:
+        attention.place(call)
+        return int(library.emulate_attention(ctypes.byref(call), order))
+
+    y = between_guards(call, attention.memory(arrays), run)
     return y.view(np.float16).reshape(attention.batch, attention.tokens, attention.channels), attention.expected(arrays)
 
 
@@ -87,13 +82,7 @@ def test_the_order_of_threads_changes_no_bit(emulator: Any, attention: Attention
     ],
 )
 def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> None:
-    kernels = tmp_path / "plugins" / "attention"
-    kernels.mkdir(parents=True)
-    for path in KERNELS.iterdir():
-        text = path.read_text().replace('"../group_norm/', f'"{KERNELS.parent}/group_norm/')
-        assert path.name != "kernel.cuh" or text.count(find) == 1, f"{find!r} is not in the kernel any more"
-        (kernels / path.name).write_text(text.replace(find, put))
-    library = compile_emulator(tmp_path, kernels, "-O1", "attention_emulated.cpp")
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put)
     assert not all(error(*emulate(library, MERGED, deviation, order=1)) < 1e-3 for deviation in (1.0, 6.0))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_conv_kernels import KERNELS
-from test_group_norm import compile_emulator
+from emulated import compile_emulator
+from test_conv_kernels import KERNELS, SOURCE
 
 from bench import conv as bench
 from runtime.engine import Gpu
@@ -41,7 +41,7 @@ class OnCpu:
 @pytest.fixture
 def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The kernels in the emulator, CUDA as far as the bench calls it, and few shapes."""
-    library = compile_emulator(tmp_path, KERNELS, source="conv_emulated.cpp")
+    library = compile_emulator(tmp_path, KERNELS, SOURCE)
     call = SimpleNamespace(canny_conv=library.emulate_conv, canny_conv_plan=library.canny_conv_plan)
 
     def set_memory(address: int, value: int, size: int) -> None:
@@ -52,7 +52,7 @@ def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return 100.0
 
     cuda = SimpleNamespace(cudaFree=lambda address: None, cudaMemset=set_memory)
-    for module in ("plugins.call_conv", "bench.conv"):
+    for module in ("plugins.conv_calls", "bench.conv"):
         monkeypatch.setattr(f"{module}.OnGpu", OnCpu)
         monkeypatch.setattr(f"{module}.check", lambda result: result)
         monkeypatch.setattr(f"{module}.cuda_runtime", lambda: cuda)

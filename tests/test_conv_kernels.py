@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_group_norm import compile_emulator
+from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 
+from bench.conv import convolutions
 from plugins.call import error
-from plugins.call_conv import Conv
+from plugins.conv_calls import Conv
+from trt_builder.config import ModelConfig, Shape
 
-KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "conv"
-GUARD = 4096  # bytes before and after each array, which nothing may touch
+KERNELS, SOURCE = PLUGINS / "conv", "conv_emulated.cpp"
 
 SHAPES = [
     Conv(2, 128, 4, 6, 64), Conv(2, 64, 4, 6, 128, residual_batch=2), Conv(2, 128, 8, 12, 64, residual_batch=1),
@@ -27,21 +28,13 @@ ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=2, wide=64)
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, source="conv_emulated.cpp")
+    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, SOURCE)
 
 
 def emulate(library: Any, conv: Conv, order: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel makes of random arrays, and what float64 does; everything else in memory stays as it was."""
-    arrays, call, held = conv.arrays(), conv.call(), {}
-    for name, array in conv.memory(arrays).items():
-        held[name] = memory = np.full(array.nbytes + 2 * GUARD, 255, np.uint8)
-        memory[GUARD:-GUARD] = array.reshape(-1).view(np.uint8)
-        setattr(call, name, memory.ctypes.data + GUARD)
-    before = {name: memory.copy() for name, memory in held.items()}
-    assert library.emulate_conv(ctypes.byref(call), order) == 0
-    y = held["y"][GUARD:-GUARD].copy()
-    before["y"][GUARD:-GUARD] = y
-    assert all(np.array_equal(held[name], before[name]) for name in held), "written to where it must not be"
+    arrays, call = conv.arrays(), conv.call()
+    y = between_guards(call, conv.memory(arrays), lambda: library.emulate_conv(ctypes.byref(call), order))
     return y.view(np.float16).reshape(conv.out), conv.expected(arrays)
 
 
@@ -62,9 +55,6 @@ def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
 @pytest.mark.slow
 def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
     """As long products as a step has, in the cut that the whole shape would have."""
-    from bench.conv import convolutions
-    from trt_builder.config import ModelConfig, Shape
-
     for conv in convolutions(ModelConfig.load("sd15"), Shape(256, 384)):
         plan = conv.plan(emulator)
         if conv.rows > 768 or plan is None:
@@ -133,14 +123,8 @@ MISTAKES = [
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, ...]) -> None:
-    name, find, put = ("kernel.cuh", *mistake)[-3:]
-    kernels = tmp_path / "plugins" / "conv"
-    kernels.mkdir(parents=True)
-    for path in KERNELS.iterdir():
-        text = path.read_text().replace('"../attention/', f'"{KERNELS.parent}/attention/')
-        assert path.name != name or text.count(find) == 1, f"{find!r} is not once in {name}"
-        (kernels / path.name).write_text(text.replace(find, put) if path.name == name else text)
-    library = compile_emulator(tmp_path, kernels, "-O1", "conv_emulated.cpp")
+    *file, find, put = mistake
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, *file)
 
     def right(conv: Conv, order: int) -> bool:
         try:

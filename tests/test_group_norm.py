@@ -3,21 +3,19 @@
 import ctypes
 import itertools
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from emulated import PLUGINS, between_guards, compile_emulator
 
 from bench.group_norm import norms
-from plugins.call import GroupNorm, error, open_library, plan
+from plugins.call import GroupNorm, error, plan
 from trt_builder.config import ModelConfig, Options, Shape
 
-TESTS = Path(__file__).resolve().parent
-KERNELS = TESTS.parent / "plugins" / "group_norm"
-GUARD = 4096  # bytes before and after each array, which nothing may touch
+KERNELS, SOURCE = PLUGINS / "group_norm", "group_norm_emulated.cpp"
 
 UNET = [
     GroupNorm(batch, channels, *size, row_batch=row)
@@ -56,26 +54,9 @@ LINEAR = [
 ]  # fmt: skip
 
 
-def compile_emulator(
-    folder: Path, kernels: Path = KERNELS, optimise: str = "-O2", source: str = "group_norm_emulated.cpp"
-) -> Any:
-    """The kernels for the CPU, as a library."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no g++ to compile the emulator of the kernels with")
-    library = folder / "libemulated.so"
-    flags = f"-std=c++17 {optimise} -fno-strict-aliasing -Wall -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE".split()
-    flags += ["-shared", "-fPIC"]
-    include = [f"-I{TESTS}", f"-I{kernels}"]
-    command = [compiler, *flags, *include, str(TESTS / source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return open_library(library)
-
-
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_emulator(tmp_path_factory.mktemp("emulator"))
+    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, SOURCE)
 
 
 def emulate(
@@ -87,18 +68,10 @@ def emulate(
     stored = {name: norm.pack(array) if name == "x" else array for name, array in arrays.items()}
     stored["y"] = np.full_like(stored["x"], np.nan)
     stored["workspace"] = np.full(library.canny_group_norm_workspace(ctypes.byref(call)), 255, np.uint8)
-    memory = {}
-    for name, array in stored.items():
-        memory[name] = held = np.full(array.nbytes + 2 * GUARD, 255, np.uint8)
-        held[GUARD : GUARD + array.nbytes] = array.reshape(-1).view(np.uint8)
-        setattr(call, name, held.ctypes.data + GUARD)
-    before = {name: held.copy() for name, held in memory.items()}
-    assert library.emulate_group_norm(ctypes.byref(call), order) == 0
-    for name, held in memory.items():
-        inside = slice(GUARD, -GUARD) if name in ("y", "workspace") else slice(0, 0)
-        before[name][inside] = held[inside]
-        np.testing.assert_array_equal(held, before[name], err_msg=f"{name} was written to where it must not be")
-    y = memory["y"][GUARD:-GUARD].view(norm.dtype).reshape(norm.stored_shape)
+    written = between_guards(
+        call, stored, lambda: library.emulate_group_norm(ctypes.byref(call), order), ("y", "workspace")
+    )
+    y = written.view(norm.dtype).reshape(norm.stored_shape)
     assert not norm.channels_last or (y[..., norm.channels :] == 0).all(), "the padding is not zero"
     return norm.unpack(y), norm.expected(arrays)
 
@@ -170,7 +143,7 @@ def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> Non
         found += find in text
         (kernels / name).write_text(text.replace(find, put))
     assert found == 1, f"{find!r} is not in the kernels any more"
-    library = compile_emulator(tmp_path, kernels, "-O1")
+    library = compile_emulator(tmp_path, kernels, SOURCE, "-O1")
     bad = False
     for norm, order in ((UNET[6], 0), (UNET[6], 1), (ODD[2], 1)):
         try:

@@ -18,7 +18,7 @@ from plugins import build as building
 from plugins import load as loading
 from plugins.build import build, find_headers, find_nvcc
 from plugins.call import Attention, GroupNorm, open_library, plan
-from plugins.call_conv import Conv, ConvPlan
+from plugins.conv_calls import Conv, ConvPlan
 from plugins.load import PluginError
 from runtime.manifest import Manifest
 from trt_builder.config import ModelConfig, Options, Shape

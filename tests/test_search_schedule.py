@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,18 @@ from bench.trials import Trials
 from cldm.canny2image import Staged
 from cldm.model import create_model
 from cldm.stages import STAGES
-from runtime.candidates import COSTS, FAMILIES, Candidate, Found, beam_search, cheapened, neighbours, starts
+from runtime import search_schedule
+from runtime.candidates import (
+    COSTS,
+    FAMILIES,
+    Candidate,
+    Found,
+    beam_search,
+    cheapened,
+    neighbours,
+    starts,
+    taken_over,
+)
 from runtime.images import read_image
 from runtime.rules import EVALUATIONS, POLYNOMIALS, Rule, ScheduleError, rule_of
 from runtime.schedule import Schedule
@@ -146,6 +158,29 @@ def test_the_last_evaluations_are_made_cheaper_until_they_fit() -> None:
     assert cheapened(dear, "evaluate-unet", 4, COSTS) is None  # two whole ones and four cheaper ones are 4.96
 
 
+def test_a_known_schedule_is_taken_over_without_its_weights() -> None:
+    known = Schedule("known", 8, (*map(Rule, EVERY[:7]), Rule("reuse", (1.5, -0.5))))
+    (made,) = taken_over(known, 3.7, COSTS)
+    assert made.fit and made.fill == "reuse"
+    assert made.kinds == ("evaluate", "evaluate", "", "evaluate-unet", "evaluate-cond", "", "evaluate-cond-unet", "")
+    assert made.cost(COSTS) == pytest.approx(3.61)
+    assert not taken_over(known, 3.6, COSTS) and not taken_over(known, 4.2, COSTS)
+
+
+def test_a_search_begins_at_known_schedules(tmp_path: Path, monkeypatch: Any) -> None:
+    class Pool:
+        def map(self, score: Any, candidates: list[Candidate], steps: list[int]) -> list[dict[str, Any]]:
+            rules = ["evaluate", *["reuse"] * 7]
+            return [{"key": c.key(), "rules": rules, "pd": [1.0], "rms": [1.0]} for c in candidates]
+
+    monkeypatch.setattr(search_schedule, "workers", lambda settings, count: nullcontext(Pool()))
+    options = search_schedule.parser().parse_args(["--budget", "3", "--families", "fitted", "--rounds", "1"])
+    for begin in ([], [Schedule.parse("7,1,0", 8)]):
+        options.begin, tried = begin, Log(tmp_path / f"{len(begin)}.jsonl", {})
+        search_schedule.search({"given": {"ddim_steps": 8}}, options, tried, lambda text, advance: None)
+        assert ("evaluate - - - - - evaluate evaluate reuse fitted" in list(tried.known)[:5]) == bool(begin)
+
+
 def test_costs_count_what_runs() -> None:
     kinds = ("evaluate", "", "evaluate-cond", "evaluate-unet", "")
     assert Candidate(kinds).cost(COSTS) == pytest.approx(1 + 0.5 + 0.74)
@@ -196,6 +231,8 @@ def run(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str
         (["--images", "nowhere"], "nowhere"),
         (["--costs", "evaluate-unet=2"], "'evaluate-unet=2' is no cost"),
         (["--steps", 0, "--budget", 2], "0 steps"),
+        (["--begin", "fastest"], "There is no schedule 'fastest'"),
+        (["--begin", "frontier-8", "--steps", 10], "is for 20 steps, not 10"),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[object], sentence: str, tmp_path: Path, capsys: Any) -> None:

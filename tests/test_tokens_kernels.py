@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_group_norm import compile_emulator
+from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 
+from bench.attention import attentions, between
 from plugins.call import error
-from plugins.call_tokens import Geglu, LayerNorm, Sum
+from plugins.token_calls import Geglu, LayerNorm, Sum
+from trt_builder.config import ModelConfig, Shape
 
-KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "tokens"
-GUARD = 4096  # bytes before and after each array, which nothing may touch
+KERNELS, SOURCE = PLUGINS / "tokens", "tokens_emulated.cpp"
 
 SHAPES = [
     LayerNorm(37, 320), LayerNorm(8, 640), LayerNorm(5, 1280), LayerNorm(3, 2048), LayerNorm(1, 8), LayerNorm(9, 264),
@@ -23,22 +24,14 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, source="tokens_emulated.cpp")
+    return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, SOURCE)
 
 
 def emulate(library: Any, what: LayerNorm | Geglu | Sum, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel makes of random arrays, and what float64 does; everything else in memory stays as it was."""
-    arrays, call, held = what.arrays(mean), what.call(), {}
+    arrays, call = what.arrays(mean), what.call()
     memory = {**arrays, "y": np.full((what.tokens, what.channels), np.nan, np.float16)}
-    for name, array in memory.items():
-        held[name] = bytes_ = np.full(array.nbytes + 2 * GUARD, 255, np.uint8)
-        bytes_[GUARD:-GUARD] = array.reshape(-1).view(np.uint8)
-        setattr(call, name, bytes_.ctypes.data + GUARD)
-    before = {name: bytes_.copy() for name, bytes_ in held.items()}
-    assert getattr(library, what.function)(ctypes.byref(call), 0) == 0
-    y = held["y"][GUARD:-GUARD].copy()
-    before["y"][GUARD:-GUARD] = y
-    assert all(np.array_equal(held[name], before[name]) for name in held), "written to where it must not be"
+    y = between_guards(call, memory, lambda: getattr(library, what.function)(ctypes.byref(call), 0))
     return y.view(np.float16).reshape(what.tokens, what.channels), what.expected(arrays)
 
 
@@ -63,13 +56,7 @@ def test_a_mean_that_dwarfs_the_deviation(emulator: Any) -> None:
     ],
 )
 def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu | Sum) -> None:
-    kernels = tmp_path / "plugins" / "tokens"
-    kernels.mkdir(parents=True)
-    for path in KERNELS.iterdir():
-        text = path.read_text().replace('"../group_norm/', f'"{KERNELS.parent}/group_norm/')
-        assert path.name != "kernel.cuh" or text.count(find) == 1, f"{find!r} is not in the kernel any more"
-        (kernels / path.name).write_text(text.replace(find, put))
-    library = compile_emulator(tmp_path, kernels, "-O1", "tokens_emulated.cpp")
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put)
     assert not error(*emulate(library, what, mean=3.0)) < 1e-3
 
 
@@ -79,3 +66,11 @@ def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Ge
 def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu | Sum) -> None:
     call = replace(what).call()
     assert getattr(emulator, what.function)(ctypes.byref(call), 0) == 1
+
+
+def test_a_step_has_three_norms_and_a_gate_a_block() -> None:
+    """23 blocks: 7 in ControlNet, 7 in the UNet's input half, 9 in its output half."""
+    counts = between(attentions(ModelConfig.load("sd15"), Shape(256, 384, 1)))
+    norms = {what: count for what, count in counts.items() if isinstance(what, LayerNorm)}
+    assert sum(norms.values()) == 69 and sum(counts.values()) == 69 + 23
+    assert norms[LayerNorm(1536, 320)] == 4  # of each network's first block, before cond and uncond part

@@ -28,9 +28,8 @@ GENERATED = re.compile(r"kgen|runtime_fusion")  # for several operations, by Ten
 REFORMAT = re.compile(r"^(myelin)?reformat|^noop|^memcpy", re.IGNORECASE)
 # TensorRT 8.6's name of a compiled region; "first" and "last" are not the network's order of layers.
 REGION = re.compile(r"\{ForeignNode\[(?P<first>.+?)(?:\.\.\.(?P<last>.+))?\]\}")
-JOINED = re.compile(
-    r" \+ | \|\| |, |PWN\(|\)"
-)  # between the names of the network's layers in that of an engine's layer
+# What is between the names of the network's layers in that of an engine's layer.
+JOINED = re.compile(r" \+ | \|\| |, |PWN\(|\)")
 # TensorRT-RTX names a generated kernel after its operations: these only move or cast numbers.
 MOVES = re.compile(r"^__myl_((Tran|Move|Cast|Copy|Resh|Repl|Slic|Conc)+)_", re.IGNORECASE)
 LOGGED_TENSOR = re.compile(

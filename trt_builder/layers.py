@@ -195,9 +195,8 @@ def concat(net: Net, tensors: Sequence[trt.ITensor], axis: int, what: str = "con
 
 def match_batch(net: Net, x: trt.ITensor, batch: int) -> trt.ITensor:
     """Repeat x (N, …) along its batch to `batch` = k·N rows: sample order is kept within each of the k groups."""
-    if (
-        x.shape[0] == 1 < batch and len(x.shape) == 4
-    ):  # a sum takes one layer, where TensorRT 8.6 takes three to join maps
+    if x.shape[0] == 1 < batch and len(x.shape) == 4:
+        # A sum is one layer; to join two maps TensorRT 8.6 takes three.
         return add(net, x, net.constant(np.zeros(batch), (batch, 1, 1, 1), "zeros"), "match_batch")
     return x if x.shape[0] == batch else concat(net, [x] * (batch // x.shape[0]), 0, "match_batch")
 
@@ -278,14 +277,18 @@ def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
 def layer_norm(net: Net, x: trt.ITensor, eps: float = 1e-5) -> trt.ITensor:
     """LayerNorm over the channels of tokens (B, T, C), or of a map (B, C, h, w), which our plugin does."""
     if len(x.shape) == 4:
-        exact = net.float32()
-        scale, bias = (exact.constant(exact.weight(name), (x.shape[1],), name) for name in ("weight", "bias"))
-        return own(net, LAYER_NORM, [x, scale, bias], epsilon=eps)
+        return own(net, LAYER_NORM, [x, *scale_and_bias(net, x.shape[1])], epsilon=eps)
     scale = net.constant(net.weight(), (1, 1, x.shape[2]), "weight")
     bias = net.constant(net.weight("bias"), (1, 1, x.shape[2]), "bias")
     layer = getattr(net.network, net.flavour.normalization)(x, scale, bias, 1 << 2)
     layer.epsilon = eps
     return net.add(layer)
+
+
+def scale_and_bias(net: Net, channels: int) -> list[trt.ITensor]:
+    """A normalisation's weight and bias as its plugin takes them: (C) in float32."""
+    exact = net.float32()
+    return [exact.constant(exact.weight(name), (channels,), name) for name in ("weight", "bias")]
 
 
 def group_norm(
@@ -301,13 +304,11 @@ def group_norm(
     if row is not None and plugin != "own":
         x, row = add(net, x, reshape(net, row, (1, channels, 1, 1), what="row"), "add_row"), None
     if plugin:
-        exact = net.float32()
-        scale = exact.constant(exact.weight(), (channels,), "weight")
-        bias = exact.constant(exact.weight("bias"), (channels,), "bias")
+        inputs = [x, *scale_and_bias(net, channels)]
         if plugin == "builtin":
             name = "/".join(net.path)
-            return net.add(net.flavour.add_built_in(net.network, [x, scale, bias], name, eps, with_silu))
-        inputs = [x, scale, bias] if row is None else [x, scale, bias, row]
+            return net.add(net.flavour.add_built_in(net.network, inputs, name, eps, with_silu))
+        inputs += [] if row is None else [row]
         return own(net, GROUP_NORM, inputs, groups=groups, silu=int(with_silu), row=int(row is not None), epsilon=eps)
     per_channel = net.flavour.normalization == "add_normalization_v2"
     scale = net.constant(net.weight(), (1, channels, 1, 1), "weight")

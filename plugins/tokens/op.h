@@ -1,4 +1,5 @@
-// The plugins CannyLayerNorm, CannyGeglu and CannyAdd, whatever the TensorRT. Tokens are the positions of a channels-last map.
+// The plugins CannyLayerNorm, CannyGeglu and CannyAdd, whatever the TensorRT. Tokens are the positions of a
+// channels-last map.
 #pragma once
 
 #include <cmath>

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 
 from bench.attention import attentions
-from plugins.build import build
-from plugins.call import Attention, attention_on_gpu, error, open_library
-from plugins.load import PluginError
+from plugins.call import Attention, attention_on_gpu, error
 from runtime.engine import check, cuda_runtime, gpu
 from trt_builder.config import ModelConfig, Shape
 
@@ -15,14 +13,6 @@ pytestmark = pytest.mark.skipif(gpu() is None, reason="cuda-python sees no NVIDI
 
 NETWORKS = sorted(attentions(ModelConfig.load("sd15"), Shape(256, 384, 1)), key=lambda one: one.flop)
 OTHERS = [Attention(1, 3, 100, 200, 40), Attention(2, 1, 1, 1, 64), Attention(1, 1, 17, 81, 80)]
-
-
-@pytest.fixture(scope="module")
-def library() -> Any:
-    try:
-        return open_library(build())
-    except PluginError as why:
-        pytest.skip(str(why))
 
 
 @pytest.mark.parametrize("deviation", [1.0, 6.0])

@@ -9,7 +9,7 @@ import pytest
 from bench.conv import convolutions, cuts, result_of
 from plugins.build import build
 from plugins.call import error, open_library
-from plugins.call_conv import Conv, conv_on_gpu
+from plugins.conv_calls import Conv, conv_on_gpu
 from plugins.load import CONV_CAPABILITY, PluginError
 from runtime.engine import check, cuda_runtime, gpu
 from trt_builder.config import ModelConfig, Shape

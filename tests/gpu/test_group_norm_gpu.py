@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from bench.group_norm import chain, norms
-from plugins.build import build
-from plugins.call import GroupNorm, error, group_norm_on_gpu, open_library, plan
-from plugins.load import PluginError
+from plugins.call import GroupNorm, error, group_norm_on_gpu, plan
 from runtime.engine import Engine, check, cuda_runtime, gpu
 from trt_builder.config import ModelConfig, Shape
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
@@ -33,14 +31,6 @@ OTHERS = [
     GroupNorm(2, 33, 5, 7, groups=3, channels_last=False, half=False), GroupNorm(1, 256, 64, 96, half=False),
 ]  # fmt: skip
 FEW = [NETWORKS[0], NETWORKS[len(NETWORKS) // 2], NETWORKS[-1], OTHERS[2], OTHERS[4]]
-
-
-@pytest.fixture(scope="module")
-def library() -> Any:
-    try:
-        return open_library(build())
-    except PluginError as why:
-        pytest.skip(str(why))
 
 
 @pytest.fixture(scope="module")

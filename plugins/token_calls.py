@@ -1,4 +1,4 @@
-"""What lies between matrix products, without TensorRT: LayerNorm, the gate of GEGLU, sums; as `plugins.call`."""
+"""What lies between convolutions and matrix products, called as in `plugins.call`: LayerNorm, GEGLU's gate, sums."""
 
 from __future__ import annotations
 
