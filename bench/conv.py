@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from trt_builder.weights import Weights
 CACHED = 200 << 20  # bytes of weights that a cache cannot hold: four times an H200's 50 MB
 LAUNCHES, DEPTH = 20, 8  # convolutions in a row, at least: in a graph, in an engine
 TOLERANCE = 2e-3
+LIKELY = 4.0
 
 
 # -- which there are --------------------------------------------------------------------------------------------------
@@ -97,18 +99,29 @@ def of_transformer(plain: Conv, batch: int, depth: int) -> Iterator[Conv]:
     yield replace(plain, residual_batch=before)
 
 
-def small(counts: Counter[Conv], library: Any) -> Counter[Conv]:
-    """Those that the kernel is for."""
-    return Counter({one: n for one, n in counts.items() if one.rows <= CONV_ROWS and one.plan(library)})
+def small(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
+    """Those to at most so many positions that there is a kernel for."""
+    return Counter({one: n for one, n in counts.items() if one.rows <= rows and one.plan(library)})
 
 
 def cuts(one: Conv, library: Any) -> Iterator[Conv]:
     """Every cut of a convolution that there is."""
-    for wide in (64, 128):
-        for cluster in range(1, 9):
-            forced = replace(one, wide=wide, cluster=cluster)
-            if forced.plan(library):
-                yield forced
+    for high, wide, cluster in product((64, 128, 192), (64, 128), range(1, 9)):
+        forced = replace(one, high=high, wide=wide, cluster=cluster)
+        if forced.plan(library):
+            yield forced
+
+
+def likely(one: Conv, library: Any) -> Iterator[Conv]:
+    """The cuts that are predicted to take no more than LIKELY times the best."""
+    planned = [(plan.predicted_us, cut) for cut in cuts(one, library) if (plan := cut.plan(library))]
+    most = LIKELY * min((us for us, _ in planned), default=0.0)
+    return (cut for us, cut in planned if us <= most)
+
+
+def name_of(cut: Conv) -> str:
+    """Rows and filters of a tile, and the blocks that share it."""
+    return f"{cut.high}·{cut.wide}x{cut.cluster}"
 
 
 # -- what they take ---------------------------------------------------------------------------------------------------
@@ -132,7 +145,7 @@ def kernel_us(on_gpu: OnGpu, one: Conv, replays: int) -> float:
     call: Any = on_gpu.call
     copies, first = copies_of(one), call.weight
     launches = max(LAUNCHES, copies)
-    call.cluster, call.wide = one.cluster, one.wide
+    call.cluster, call.high, call.wide = one.cluster, one.high, one.wide
 
     def several(stream: Any) -> None:
         for i in range(launches):
@@ -178,8 +191,8 @@ def measured(
         arrays, row = one.arrays(), facts(library, one, count)
         with rotated(library, one, arrays) as on_gpu:
             row["kernel"] = kernel_us(on_gpu, one, replays)
-            tried = cuts(one, library) if sweep else ()
-            row["cuts"] = {f"{cut.wide}x{cut.cluster}": kernel_us(on_gpu, cut, replays) for cut in tried}
+            tried = likely(one, library) if sweep else ()
+            row["cuts"] = {name_of(cut): kernel_us(on_gpu, cut, replays) for cut in tried}
         row["builtin"] = engine_us(flavour, one, arrays, replays) if flavour else None
         print(f"{one}: {row['kernel']:.1f}", file=sys.stderr, flush=True)
         yield row
@@ -203,7 +216,7 @@ def checked(library: Any, counts: Counter[Conv]) -> int:
             for cut in cuts(one, library):
                 y, again = (result_of(on_gpu, cut) for _ in range(2))
                 one_off = error(y, expected) if y.tobytes() == again.tobytes() else np.inf
-                off[f"{cut.wide}x{cut.cluster}"] = one_off if one_off < np.inf else np.inf  # nan is no number either
+                off[name_of(cut)] = one_off if one_off < np.inf else np.inf  # nan is no number either
         most = max(off, key=lambda name: off[name])
         worst = max(worst, off[most])
         print(f"{one}: {off[most]:.1e} in the cut {most}{'' if off[most] < TOLERANCE else ' over'}", flush=True)
@@ -216,7 +229,7 @@ def checked(library: Any, counts: Counter[Conv]) -> int:
 def result_of(on_gpu: OnGpu, cut: Conv) -> np.ndarray:
     """The result in this cut, over numbers that are none."""
     call: Any = on_gpu.call
-    call.cluster, call.wide = cut.cluster, cut.wide
+    call.cluster, call.high, call.wide = cut.cluster, cut.high, cut.wide
     check(cuda_runtime().cudaMemset(call.y, 255, 2 * int(np.prod(cut.out))))
     on_gpu.launch()
     return on_gpu.result()
@@ -235,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--height", type=int, default=256, help="(%(default)s)")
     add("--width", type=int, default=384, help="(%(default)s)")
     add("--samples", type=int, default=1, help="(%(default)s)")
+    add("--rows", type=int, default=CONV_ROWS, help="positions of the largest map, batch times h times w (%(default)s)")
     add("--replays", type=int, default=30, help="(%(default)s)")
     for name, what in (
         ("check", "no times: against float64"),
@@ -252,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
-        counts = small(convolutions(ModelConfig.load(options.model), shape), library)
+        counts = small(convolutions(ModelConfig.load(options.model), shape), library, options.rows)
         if options.check:
             return checked(library, counts)
         if options.plan:

@@ -20,7 +20,7 @@ class CannyConv(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y")),
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
-        *((name, ctypes.c_int32) for name in ("residual_batch", "cluster", "wide")),
+        *((name, ctypes.c_int32) for name in ("residual_batch", "cluster", "high", "wide")),
     ]
 
 
@@ -45,7 +45,7 @@ class Conv:
     """One convolution of x (B, C, h, w) to D filters, all channels-last in half precision; sides are rounded up.
 
     residual_batch: 0 without a residual, else how many rows of the batch it has, taken in turn.
-    cluster, wide: how it is cut, blocks that share a tile and filters of a tile; 0 leaves it to the kernel.
+    cluster, high, wide: how it is cut, blocks that share a tile, its rows and filters; 0 leaves it to the kernel.
     """
 
     batch: int
@@ -57,6 +57,7 @@ class Conv:
     stride: int = 1
     residual_batch: int = 0
     cluster: int = 0
+    high: int = 0
     wide: int = 0
 
     @property

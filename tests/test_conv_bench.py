@@ -72,7 +72,11 @@ def test_it_measures_and_checks(
     arguments = ["--library", "lib.so", "--output", str(tmp_path / "conv.json")]
     assert bench.main([*arguments, "--sweep"]) == 0
     rows = json.loads((tmp_path / "conv.json").read_text())["rows"]
-    assert len(rows) == 2 and {"64x1", "64x8", "128x3"} <= rows[0]["cuts"].keys() and rows[0]["plan"]["high"] == 64
+    assert (
+        len(rows) == 2
+        and {"64·64x1", "64·64x8", "64·128x3"} <= rows[0]["cuts"].keys()
+        and rows[0]["plan"]["high"] == 64
+    )
     assert rows[0]["kernel"] == pytest.approx(100.0 / max(2, bench.copies_of(bench.Conv(1, 64, 4, 6, 128))))
     assert bench.main([*arguments, "--check"]) == 0
     assert "worst of 2 shapes" in capsys.readouterr().out

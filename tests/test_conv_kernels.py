@@ -23,7 +23,7 @@ SHAPES = [
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 64, 9, 13, 64), Conv(2, 640, 9, 13, 128, size=1),
     Conv(1, 128, 16, 24, 64), Conv(2, 64, 16, 24, 64, stride=2),
 ]  # fmt: skip
-ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=2, wide=64)
+ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=5, high=192, wide=64)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,12 @@ def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Con
         assert first.tobytes() == again.tobytes(), order
 
 
-ADD = """other = 0; other < kConvMostCluster; other++)
-            if (other < p.cluster)
-                for (int k = 0; k < 2; k++) {"""
 # Where there is not the file's name, the mistake is in kernel.cuh.
 MISTAKES = [
     ("__syncthreads();  // barriers and zeros", "// barriers and zeros"),
     ("__syncthreads();  // the sums", "// the sums"),
     ("group_sync<1>(0, Block::kConsumers);", ""),
-    ("if (p.cluster > 1) cluster_arrive(), cluster_wait();\n    block.store();", "block.store();"),
+    ("if (p.cluster > 1) cluster_arrive(), cluster_wait();\n    block.store(piece);", "block.store(piece);"),
     ("if (p.cluster > 1) cluster_arrive_read(), cluster_wait();", ""),
     ("ring.wait_full();\n            uint64_t b", "uint64_t b"),
     ("x_ring.wait_full();\n        pick", "pick"),
@@ -103,14 +100,18 @@ MISTAKES = [
     ("(turn - 1) & 1", "turn & 1"),
     ("barrier_wait(full + 8 * place, turn & 1)", "barrier_wait(full + 8 * place, 0)"),
     ("products_begin();", ""),
-    ("products_wait<0>();", "products_wait<1>();"),
+    ("products_wait<0>();", ""),
+    ("products_wait<1>();", "products_wait<2>();"),
+    ("unit > first) barrier_arrive(ring.empty + 8 * before)", "true) barrier_arrive(ring.empty + 8 * ring.place)"),
     ("step(a[1], a[0], unit + 1)", "step(a[1], a[1], unit + 1)"),
-    ("pick(after, row, x_ring.place", "pick(after, row, x_place"),
+    ("pick(after, row, x_ring.place", "pick(after, row, 0"),
     ("barrier_expect(barrier, kUnit * sizeof(__half))", "barrier_expect(barrier, kUnit)"),
-    ("positions_ring().begin(kConvLoaders, ", "positions_ring().begin(kConvLoaders - 1, "),
-    ("if (lane == 0) {\n                barrier_arrive(ring", "if (lane <= 1) {\n                barrier_arrive(ring"),
+    ("positions_ring().begin(kLoaders, ", "positions_ring().begin(kLoaders - 1, "),
+    ("if (lane == 0 && unit > first)", "if (lane <= 1 && unit > first)"),
     ("b + 2 * k", "b + 4 * k"),
-    (ADD, ADD.replace("other = 0", "other = 1")), (ADD, ADD.replace("other < p.cluster", "other == rank")),
+    ("cluster_read_4(mine + 4 * k, other)", "cluster_read_4(mine + 4 * k, other * 0)"),
+    ("rank + from + i - p.cluster;", "rank;"),
+    ("int from = 0; from < kConvMostCluster", "int from = 0; from < 4"),
     ("2 | (to.x > 0)", "3"), ("to.x * stride + 1 < p.call.width", "true"), ("to.y > 0", "true"),
     ("wait_for_previous();", ""),
     ("barriers_begun();", ""),

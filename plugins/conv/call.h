@@ -11,5 +11,5 @@ struct CannyConv {
     const void* residual;  // (residual_batch, height / stride, width / stride, filters), taken in turn; or null
     void* y;               // (B, height / stride, width / stride, filters), quotients rounded up
     int32_t batch, height, width, channels, filters, size, stride, residual_batch;
-    int32_t cluster, wide;  // blocks that share a tile, filters of a tile; 0: chosen from the shape
+    int32_t cluster, high, wide;  // blocks that share a tile, rows and filters of a tile; 0: chosen from the shape
 };

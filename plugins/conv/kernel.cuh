@@ -1,8 +1,8 @@
 // Convolutions of small maps as matrix products (B·h·w) × (taps·channels) × filters, in half precision with sums in
 // float. With few positions the time is that of reading the weights, once and all at the same time:
 //
-// - A tile is up to 192 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
-//   products' length, and they add up through each other's shared memory, always in the same order.
+// - A tile is 64 to 192 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
+//   products' length, and adds up a part of the tile through the others' shared memory, always in the same order.
 // - One warp has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Three
 //   copy the positions' channels, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
@@ -45,7 +45,8 @@ template <int kGroups, int kWide>
 struct ConvBlock {
     static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kSumsPitch = kWide + 8;  // pitch: no bank conflicts
     static constexpr int kUnit = kWide * kConvDeep;                                        // weights of a unit
-    static constexpr int kConsumers = kGroups * kConvWarpgroup;
+    static constexpr int kVectors = kWide / 8;                                             // pieces of a row
+    static constexpr int kConsumers = kGroups * kConvWarpgroup, kLoaders = conv_loaders(kGroups);
 
     const ConvParams& p;
     char* memory;
@@ -76,7 +77,7 @@ struct ConvBlock {
 
     __device__ __forceinline__ void begin_barriers() const {
         weights_ring().begin(1, kConsumers / 32);
-        positions_ring().begin(kConvLoaders, kConsumers / 32);
+        positions_ring().begin(kLoaders, kConsumers / 32);
         barriers_begun();
     }
 
@@ -106,7 +107,7 @@ struct ConvBlock {
     // The loaders, of which this is number `me`: copy 64 channels of all positions at a time.
     __device__ __forceinline__ void copy_positions(int32_t me) const {
         ConvRing ring = positions_ring();
-        constexpr int32_t kStep = kConvLoaders / 8;
+        constexpr int32_t kStep = kLoaders / 8;
         int32_t column = me % 8 * 8, rows = range.last - range.first;
         const __half* x = static_cast<const __half*>(p.call.x) + int64_t(range.first) * p.call.channels + column;
         for (int32_t part = part_of(first), end = part_of(last - 1); part <= end; part++) {
@@ -142,7 +143,7 @@ struct ConvBlock {
     __device__ __forceinline__ void multiply(float (&sums)[kSums], const Row& row) const {
         int32_t lane = threadIdx.x % 32;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
-        int32_t tap = first - part_of(first) * p.taps;
+        int32_t tap = first - part_of(first) * p.taps, before = 0;
         uint32_t a[2][4][4];
         x_ring.wait_full();
         pick(a[0], row, x_ring.place, tap);
@@ -153,23 +154,24 @@ struct ConvBlock {
 #pragma unroll
             for (int k = 0; k < 4; k++) multiply_group(sums, mine[k], b + 2 * k);
             products_commit();
-            int32_t x_place = x_ring.place;
-            if (++tap == p.taps) tap = 0, x_ring.next();
+            products_wait<1>();  // the unit before is multiplied: its weights and registers are free
+            if (lane == 0 && unit > first) barrier_arrive(ring.empty + 8 * before);
+            before = ring.place;
+            ring.next();
+            if (++tap == p.taps) {
+                if (lane == 0) barrier_arrive(x_ring.empty + 8 * x_ring.place);
+                tap = 0, x_ring.next();
+            }
             if (unit + 1 < last) {
                 if (tap == 0) x_ring.wait_full();
                 pick(after, row, x_ring.place, tap);
             }
-            products_wait<0>();
-            if (lane == 0) {
-                barrier_arrive(ring.empty + 8 * ring.place);
-                if (tap == 0) barrier_arrive(x_ring.empty + 8 * x_place);
-            }
-            ring.next();
         };
         for (int32_t unit = first; unit < last; unit += 2) {
             step(a[0], a[1], unit);
             if (unit + 1 < last) step(a[1], a[0], unit + 1);
         }
+        products_wait<0>();
         products_done(sums);
     }
 
@@ -191,58 +193,81 @@ struct ConvBlock {
             *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * kSumsPitch + i / 4 * 8) = make_float2(sums[i], sums[i + 1]);
     }
 
-    // Add up this block's share of the tile over the cluster, with bias and residual, and store it: 8 filters a time.
-    __device__ __forceinline__ void store() const {
+    // Eight filters of a row, which a thread stores: this is number `at` of the tile, with its bias and residual, which
+    // are asked for before the sums are there.
+    struct Piece {
+        int32_t at;
+        Vector<float> bias;
+        Vector<__half> residual;
+    };
+
+    __device__ __forceinline__ void ask(Piece& piece, int32_t at) const {
         const CannyConv& c = p.call;
-        constexpr int32_t kVectors = kWide / 8;
-        int32_t rows = p.rows - first_row < kHigh ? p.rows - first_row : kHigh;
-        int32_t count = rows * kVectors, residual_rows = c.residual_batch * p.out_height * p.out_width;
-        for (int32_t i = rank * blockDim.x + threadIdx.x; i < count; i += p.cluster * blockDim.x) {
-            int32_t at = i / kVectors, column = i % kVectors * 8, row = first_row + at, filter = first_filter + column;
-            const float* mine = reinterpret_cast<const float*>(memory) + at * kSumsPitch + column;
-            Vector<float> y;
-            y.load(c.bias + filter);
-            Vector<__half> v;
-            if (c.residual)
-                v.load(
-                    static_cast<const __half*>(c.residual) + filter +
-                    int64_t(row - conv_divide(row, p.by_residual) * residual_rows) * c.filters
-                );
-            add_up(y.value, mine);
-            if (c.residual)
+        int32_t row = first_row + at / kVectors, filter = first_filter + at % kVectors * 8;
+        piece.at = at;
+        if (at >= kHigh * kVectors || row >= p.rows) return;
+        piece.bias.load(c.bias + filter);
+        if (!c.residual) return;
+        row -= conv_divide(row, p.by_residual) * c.residual_batch * p.out_height * p.out_width;
+        piece.residual.load(static_cast<const __half*>(c.residual) + int64_t(row) * c.filters + filter);
+    }
+
+    __device__ __forceinline__ Piece first_piece() const {
+        Piece piece;
+        ask(piece, rank * blockDim.x + threadIdx.x);
+        return piece;
+    }
+
+    // Add up this block's share of the tile over the cluster, with bias and residual, and store it.
+    __device__ __forceinline__ void store(Piece& next) const {
+        int32_t count = (p.rows - first_row < kHigh ? p.rows - first_row : kHigh) * kVectors;
+        while (next.at < count) {
+            Piece piece = next;
+            ask(next, piece.at + p.cluster * blockDim.x);
+            int32_t row = piece.at / kVectors, column = piece.at % kVectors * 8;
+            float(&y)[8] = piece.bias.value;
+            add_up(y, reinterpret_cast<const float*>(memory) + row * kSumsPitch + column);
+            Vector<__half>& v = piece.residual;
+            if (p.call.residual)
 #pragma unroll
-                for (int k = 0; k < 8; k++) y.value[k] += to_float(v.value[k]);
+                for (int k = 0; k < 8; k++) y[k] += to_float(v.value[k]);
 #pragma unroll
-            for (int k = 0; k < 8; k++) from_float(y.value[k], v.value[k]);
-            v.store(static_cast<__half*>(c.y) + int64_t(row) * c.filters + filter);
+            for (int k = 0; k < 8; k++) from_float(y[k], v.value[k]);
+            v.store(static_cast<__half*>(p.call.y) + int64_t(first_row + row) * p.call.filters + first_filter + column);
         }
     }
 
-    // Everything is asked for before anything is added: the way to another block's memory is long.
+    // Four blocks at a time, of which everything is asked for before anything is added: the way to their memory is long.
+    // Each block begins with its own, so that no memory is asked by all of them at once.
     __device__ __forceinline__ void add_up(float (&y)[8], const float* mine) const {
-        float4 parts[kConvMostCluster][2];
 #pragma unroll
-        for (int other = 0; other < kConvMostCluster; other++)
-            if (other < p.cluster)
-                for (int k = 0; k < 2; k++) parts[other][k] = cluster_read_4(mine + 4 * k, other);
+        for (int from = 0; from < kConvMostCluster; from += 4) {
+            float4 parts[4][2];
 #pragma unroll
-        for (int other = 0; other < kConvMostCluster; other++)
-            if (other < p.cluster)
-                for (int k = 0; k < 2; k++) {
-                    const float4& part = parts[other][k];
-                    y[4 * k] += part.x, y[4 * k + 1] += part.y, y[4 * k + 2] += part.z, y[4 * k + 3] += part.w;
-                }
+            for (int i = 0; i < 4; i++) {
+                int32_t other = rank + from + i < p.cluster ? rank + from + i : rank + from + i - p.cluster;
+                if (from + i < p.cluster)
+                    for (int k = 0; k < 2; k++) parts[i][k] = cluster_read_4(mine + 4 * k, other);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (from + i < p.cluster)
+                    for (int k = 0; k < 2; k++) {
+                        const float4& part = parts[i][k];
+                        y[4 * k] += part.x, y[4 * k + 1] += part.y, y[4 * k + 2] += part.z, y[4 * k + 3] += part.w;
+                    }
+        }
     }
 };
 
 // Grid: blocks of a cluster, tiles of filters, tiles of rows.
 template <int kGroups, int kWide>
-__global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p) {
+__global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, kWide)) conv(const ConvParams p) {
     using Block = ConvBlock<kGroups, kWide>;
     Block block(p);
     int32_t helper = int32_t(threadIdx.x) - Block::kConsumers, ahead = min(block.last, block.first + p.places);
     ConvRing ring = block.weights_ring();
-    if (helper == kConvLoaders) {
+    if (helper == Block::kLoaders) {
         block.begin_barriers();
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
@@ -257,15 +282,16 @@ __global__ void __launch_bounds__(conv_threads(kGroups)) conv(const ConvParams p
         block.multiply(sums, row);
         group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
         block.lay_out(sums);
-    } else if (helper < kConvLoaders) {
+    } else if (helper < Block::kLoaders) {
         block.copy_positions(helper);
-    } else if (helper == kConvLoaders) {
+    } else if (helper == Block::kLoaders) {
         block.copy_weights(ring, ahead, block.last);
     }
     __syncwarp();
+    typename Block::Piece piece = block.first_piece();
     __syncthreads();  // the sums are there
     if (p.cluster > 1) cluster_arrive(), cluster_wait();
-    block.store();
+    block.store(piece);
     if (p.cluster > 1) cluster_arrive_read(), cluster_wait();  // nobody reads this block's memory any more
 }
 

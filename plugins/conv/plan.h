@@ -12,9 +12,10 @@ constexpr int kConvDeep = 64;                           // channels of a unit of
 constexpr int kConvBlock = 64 * kConvDeep;              // weights of a unit and 64 filters, side by side in memory
 constexpr int kConvPitch = 72;                          // halves of a row of x in shared memory: no bank conflicts
 constexpr int kConvZeros = 8;                           // rows of zeros
-constexpr int kConvLoaders = 96, kConvWarpgroup = 128;   // threads that copy x; one more warp copies weights
+constexpr int kConvWarpgroup = 128;
 constexpr int kConvMostBytes = 227 << 10;               // of shared memory that a block may have
-constexpr int kConvMostCluster = 8;
+constexpr int kConvHalfBytes = 113 << 10;               // and with another on its processor
+constexpr int kConvMostGroups = 3, kConvMostCluster = 8;
 constexpr int kConvAlign = 1024;  // the swizzled weights begin at a multiple of it
 
 struct ConvParams {
@@ -31,7 +32,13 @@ struct ConvPlan {
     int32_t groups = 0, wide = 0, tiles = 0, bytes = 0, predicted = 0;  // groups: 64s of rows of a tile; predicted: ns
 };
 
-constexpr int32_t conv_threads(int32_t groups) { return groups * kConvWarpgroup + kConvLoaders + 32; }
+// Threads that copy x, and all, with a warp that copies weights. Two groups have one warp of them, so that registers are
+// enough for two blocks.
+constexpr int32_t conv_loaders(int32_t groups) { return groups == 2 ? 32 : 96; }
+constexpr int32_t conv_threads(int32_t groups) { return groups * kConvWarpgroup + conv_loaders(groups) + 32; }
+
+// How many blocks a processor has registers for.
+constexpr int32_t conv_together(int32_t groups, int32_t wide) { return groups == 1 || groups * wide == 128 ? 2 : 1; }
 
 #ifdef __CUDACC__
 #define CANNY_BOTH __host__ __device__ __forceinline__
@@ -68,7 +75,8 @@ CANNY_BOTH ConvRange conv_range(const ConvParams& p, int32_t first_row, int32_t 
     return {first > 0 ? first : 0, last < all ? last : all};
 }
 
-// Places for as much as fits; false where two of each do not.
+// Places for as much as fits, beside another block if it can be: the next kernel's begins to read weights while this
+// one ends. False where two of each do not fit.
 inline bool conv_places(ConvPlan& plan) {
     ConvParams& p = plan.params;
     int32_t high = 64 * plan.groups, fixed = kConvZeros * kConvPitch * 2 + kConvAlign;
@@ -81,10 +89,14 @@ inline bool conv_places(ConvPlan& plan) {
     p.x_places = p.taps == 1 ? 4 : 2;
     p.places = plan.wide == 64 ? 8 : 6;
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
-    while (sum() > kConvMostBytes && (p.places > 4 || p.x_places > 2)) p.places > 4 ? p.places-- : p.x_places--;
-    int32_t sums = kConvAlign + high * (plan.wide + 8) * int32_t(sizeof(float));
-    plan.bytes = sum() > sums ? sum() : sums;
-    return plan.bytes <= kConvMostBytes;
+    int32_t sums = kConvAlign + high * (plan.wide + 8) * int32_t(sizeof(float)), x_places = p.x_places, places = p.places;
+    for (int32_t most : {conv_together(plan.groups, plan.wide) > 1 ? kConvHalfBytes : 0, kConvMostBytes}) {
+        p.x_places = x_places, p.places = places;
+        while (sum() > most && (p.places > 4 || p.x_places > 2)) p.places > 4 ? p.places-- : p.x_places--;
+        plan.bytes = sum() > sums ? sum() : sums;
+        if (plan.bytes <= most) return true;
+    }
+    return false;
 }
 
 // What a cut would take on an H200, in ns: a guess from its clocks, to choose by.
@@ -92,7 +104,7 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
     constexpr double kClock = 1.75, kWeightsRate = 4300., kOnChipRate = 5500.;  // per ns: clocks, bytes, bytes
     constexpr int32_t kParts = 8, kProcessors = 16;  // a cluster lies in one of 8 parts of at least 16 processors
-    int32_t share = plan.groups == 1 && 2 * plan.bytes <= kConvMostBytes ? 2 : 1;  // blocks of a processor
+    int32_t share = plan.bytes <= kConvHalfBytes ? conv_together(plan.groups, plan.wide) : 1;  // blocks of a processor
     int32_t at_once = kParts * (kProcessors * share / p.cluster), turns = (plan.tiles + at_once - 1) / at_once;
     int32_t length = (p.units + p.cluster - 1) / p.cluster, busy = plan.tiles * p.cluster > 132 ? share : 1;
     double products = plan.groups * plan.wide * 2.4 * busy, alone = 220;  // clocks of a unit
@@ -123,15 +135,16 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     p.by_width = conv_inverse(p.out_width);
     p.by_height = conv_inverse(p.out_height);
     p.by_residual = call.residual ? conv_inverse(call.residual_batch * p.out_height * p.out_width) : 0;
-    for (int32_t wide : {64, 128}) {
-        if (call.filters % wide || (call.wide && call.wide != wide)) continue;
+    for (int32_t at = 0; at < 2 * kConvMostGroups; at++) {
+        int32_t groups = at / 2 + 1, high = 64 * groups, wide = 64 << at % 2;
+        if (groups > 1 && high - 64 >= p.rows) break;
+        if (call.filters % wide || (call.wide && call.wide != wide) || (call.high && call.high != high)) continue;
         ConvPlan plan;
         plan.params = p;
         plan.wide = wide;
-        plan.groups = p.rows <= 64 ? 1 : p.rows <= 128 ? 2 : 3;
-        while (plan.groups && !conv_places(plan)) plan.groups--;
-        if (!plan.groups) continue;
-        plan.tiles = call.filters / wide * ((p.rows + 64 * plan.groups - 1) / (64 * plan.groups));
+        plan.groups = groups;
+        if (!conv_places(plan)) continue;
+        plan.tiles = call.filters / wide * ((p.rows + high - 1) / high);
         for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
             if (call.cluster && call.cluster != cluster) continue;
             plan.params.cluster = cluster;
