@@ -18,8 +18,10 @@ FOLDER = Path(__file__).resolve().parent
 LIB = FOLDER / "lib"
 SOURCES = ("CMakeLists.txt", "*.cuh", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
 GROUP_NORM, ATTENTION = "CannyGroupNorm", "CannyAttention"  # in TensorRT's registry
-LAYER_NORM, GEGLU, ADD = "CannyLayerNorm", "CannyGeglu", "CannyAdd"
+LAYER_NORM, GEGLU = "CannyLayerNorm", "CannyGeglu"
+ADD, JOIN = "CannyAdd", "CannyJoin"
 TRANSFORMER = (ATTENTION, LAYER_NORM, GEGLU)  # what a transformer over a map is made of
+RESIDUALS = (ADD, JOIN)  # what adds a ResBlock's input, and ControlNet's residuals
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
@@ -111,7 +113,7 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
 
     Raises PluginError as `load` does, and where the plugins here are others.
     """
-    unknown = sorted(needed.keys() - {GROUP_NORM, ADD, *TRANSFORMER})
+    unknown = sorted(needed.keys() - {GROUP_NORM, *TRANSFORMER, *RESIDUALS})
     if unknown:
         raise PluginError(f"the engines need the plugin {unknown[0]}, which is not among those here: build them again.")
     if not needed:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorrt_rtx as trt
 
-from plugins.load import ADD, ATTENTION, GEGLU, GROUP_NORM, LAYER_NORM
+from plugins.load import ADD, ATTENTION, GEGLU, GROUP_NORM, JOIN, LAYER_NORM
 from trt_builder.flavour import Flavour
 
 ELEMENT, MATRIX = trt.ElementWiseOperation, trt.MatrixOperation
@@ -22,7 +22,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
     monkeypatch.setattr(Flavour, "has_transformer_plugins", lambda self, width, options: options.attention == "own")
-    monkeypatch.setattr(Flavour, "has_add_plugin", lambda self, options: options.residual == "own")
+    monkeypatch.setattr(Flavour, "has_residual_plugins", lambda self, options: options.residual == "own")
     monkeypatch.setattr(Flavour, "add_own", add_own)
     return added
 
@@ -101,4 +101,20 @@ def add(network: Any, x: Any, y: Any) -> Any:
     return network.add_elementwise(x, y, ELEMENT.SUM)
 
 
-MAKE: dict[str, Any] = {ADD: add, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu, ATTENTION: attention}
+def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, index: int) -> Any:
+    factor = out(network.add_slice(scales, (index, 0), (1, scales.shape[1]), (1, 1)))
+    factor = out(shuffled(network, factor, shape=(scales.shape[1], 1, 1, 1)))
+    scaled = out(network.add_elementwise(residual, factor, ELEMENT.PROD))
+    joined = network.add_concatenation([x, out(network.add_elementwise(skip, scaled, ELEMENT.SUM))])
+    joined.axis = 1
+    return joined
+
+
+MAKE: dict[str, Any] = {
+    JOIN: join,
+    ADD: add,
+    GROUP_NORM: group_norm,
+    LAYER_NORM: layer_norm,
+    GEGLU: geglu,
+    ATTENTION: attention,
+}

@@ -132,7 +132,8 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::LayerNormOp> layer_norm;
     static canny::Creator<canny::GegluOp> geglu;
     static canny::Creator<canny::AddOp> add;
-    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &add};
-    count = 5;
+    static canny::Creator<canny::JoinOp> join;
+    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &add, &join};
+    count = 6;
     return creators;
 }

@@ -33,3 +33,9 @@ int32_t canny_add(const CannyAdd* call, cudaStream_t stream) {
     canny::run_add(*call, launcher(stream, error));
     return error;
 }
+
+int32_t canny_join(const CannyJoin* call, cudaStream_t stream) {
+    cudaError_t error = cudaErrorNotSupported;
+    canny::run_join(*call, launcher(stream, error));
+    return error;
+}
