@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.group_norm import LAUNCHES, graph_us
-from plugins.call import Attention, Geglu, LayerNorm, OnGpu, Sum, attention_on_gpu, error, open_library, tokens_on_gpu
+from plugins.call import Attention, OnGpu, attention_on_gpu, error, open_library
 from plugins.load import library_path
+from plugins.token_calls import Geglu, LayerNorm, Sum, tokens_on_gpu
 from runtime.engine import gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Shape, UNetConfig

@@ -10,7 +10,8 @@ import pytest
 from test_group_norm import compile_emulator
 
 from bench.attention import attentions, between
-from plugins.call import Geglu, LayerNorm, Sum, error
+from plugins.call import error
+from plugins.token_calls import Geglu, LayerNorm, Sum
 from trt_builder.config import ModelConfig, Shape
 
 KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "tokens"

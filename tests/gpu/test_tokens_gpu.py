@@ -6,8 +6,9 @@ import pytest
 
 from bench.attention import attentions, between
 from plugins.build import build
-from plugins.call import Geglu, LayerNorm, Sum, error, open_library, tokens_on_gpu
+from plugins.call import error, open_library
 from plugins.load import PluginError
+from plugins.token_calls import Geglu, LayerNorm, Sum, tokens_on_gpu
 from runtime.engine import gpu
 from trt_builder.config import ModelConfig, Shape
 

@@ -1,0 +1,123 @@
+"""What lies between convolutions and matrix products, called as in `plugins.call`: LayerNorm, GEGLU's gate, sums."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from plugins.call import OnGpu
+from runtime.engine import check, cuda_runtime
+
+
+class CannyLayerNorm(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "gamma", "beta", "y")),
+        *((name, ctypes.c_int32) for name in ("tokens", "channels")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class CannyGeglu(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, ctypes.c_int32) for name in ("tokens", "channels")),
+    ]
+
+
+class CannyAdd(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "b", "y")), ("count", ctypes.c_int64)]
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """One LayerNorm of x (tokens, channels) in half precision."""
+
+    tokens: int
+    channels: int
+    epsilon: float = 1e-5
+
+    function = "canny_layer_norm"
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random x of a mean and standard deviation 1, gamma and beta (channels)."""
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((self.tokens, self.channels), np.float32) + np.float32(mean)
+        gamma, beta = rng.standard_normal((2, self.channels), np.float32)
+        return {"x": x.astype(np.float16), "gamma": gamma, "beta": beta}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (tokens, channels) in float64."""
+        x = arrays["x"].astype(np.float64)
+        x -= x.mean(axis=1, keepdims=True)
+        return x / np.sqrt(x.var(axis=1, keepdims=True) + self.epsilon) * arrays["gamma"] + arrays["beta"]
+
+    def call(self) -> CannyLayerNorm:
+        """The call, without addresses."""
+        return CannyLayerNorm(tokens=self.tokens, channels=self.channels, epsilon=self.epsilon)
+
+
+@dataclass(frozen=True)
+class Geglu:
+    """The gate of one GEGLU: x (tokens, 2·channels) → (tokens, channels), in half precision."""
+
+    tokens: int
+    channels: int
+
+    function = "canny_geglu"
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random x of a mean and standard deviation 1."""
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((self.tokens, 2 * self.channels), np.float32) + np.float32(mean)
+        return {"x": x.astype(np.float16)}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (tokens, channels) in float64."""
+        a, b = np.split(arrays["x"].astype(np.float64), 2, axis=1)
+        return a * b * 0.5 * (1 + np.vectorize(math.erf)(b * 0.5**0.5))
+
+    def call(self) -> CannyGeglu:
+        """The call, without addresses."""
+        return CannyGeglu(tokens=self.tokens, channels=self.channels)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One sum of a and b (tokens, channels), in half precision."""
+
+    tokens: int
+    channels: int
+
+    function = "canny_add"
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random a of a mean, b of mean 0, both of standard deviation 1."""
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((2, self.tokens, self.channels), np.float32)
+        return {"a": (a + np.float32(mean)).astype(np.float16), "b": b.astype(np.float16)}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (tokens, channels) in float64."""
+        return arrays["a"].astype(np.float64) + arrays["b"]
+
+    def call(self) -> CannyAdd:
+        """The call, without addresses."""
+        return CannyAdd(count=self.tokens * self.channels)
+
+
+def tokens_on_gpu(library: Any, what: LayerNorm | Geglu | Sum, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A LayerNorm, the gate of a GEGLU or a sum on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    memory = {**arrays, "y": np.full((what.tokens, what.channels), np.nan, np.float16)}
+    return OnGpu(getattr(library, what.function), what.call(), memory, lambda y: y)
