@@ -287,7 +287,8 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "k and v must have the shape (a multiple of 2, S, 640)", "must have the shape (B, 3 * heads * width, h, w)",
         "CannyLayerNorm: epsilon is 0.0", "CannyLayerNorm: the field epsilon is missing", "must have 320 numbers",
         "it has 4096 channels, at most 2048", "the shape (B, C, h, w), C a multiple of 16",
-        "CannyAdd: its inputs must have one shape",
+        "CannyAdd: its inputs must have one shape", "CannyJoin: scales must have the shape",
+        "the residual of the skip's channels", "index is -1",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence
 

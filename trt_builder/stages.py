@@ -46,7 +46,7 @@ from trt_builder.weights import Weights
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    from trt_builder.unet import KV
+    from trt_builder.unet import KV, Join
 
 CLIP = "cond_stage_model.transformer.text_model."
 VAE = "first_stage_model."
