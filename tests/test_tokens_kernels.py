@@ -1,4 +1,4 @@
-"""LayerNorm, GEGLU and sums on a CPU: the kernels as they are written, in an emulator, against float64."""
+"""LayerNorm, GEGLU, sums and skips on a CPU: the kernels as they are written, in an emulator, against float64."""
 
 import ctypes
 from dataclasses import replace
@@ -11,7 +11,7 @@ from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 
 from bench.attention import attentions, between
 from plugins.call import error
-from plugins.token_calls import Geglu, LayerNorm, Sum
+from plugins.token_calls import Geglu, Join, LayerNorm, Sum
 from trt_builder.config import ModelConfig, Shape
 
 KERNELS, SOURCE = PLUGINS / "tokens", "tokens_emulated.cpp"
@@ -19,6 +19,7 @@ KERNELS, SOURCE = PLUGINS / "tokens", "tokens_emulated.cpp"
 SHAPES = [
     LayerNorm(37, 320), LayerNorm(8, 640), LayerNorm(5, 1280), LayerNorm(3, 2048), LayerNorm(1, 8), LayerNorm(9, 264),
     Geglu(5, 1280), Geglu(3, 2560), Geglu(2, 5120), Geglu(7, 8), Geglu(1, 1272), Sum(3, 1280), Sum(1, 8), Sum(255, 64),
+    Join(2, 24, 1280, 1280), Join(2, 7, 320, 640), Join(1, 1, 8, 8), Join(3, 5, 64, 8),
 ]  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, SOURCE)
 
 
-def emulate(library: Any, what: LayerNorm | Geglu | Sum, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def emulate(library: Any, what: LayerNorm | Geglu | Sum | Join, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel makes of random arrays, and what float64 does; everything else in memory stays as it was."""
     arrays, call = what.arrays(mean), what.call()
     memory = {**arrays, "y": np.full((what.tokens, what.channels), np.nan, np.float16)}
@@ -37,7 +38,7 @@ def emulate(library: Any, what: LayerNorm | Geglu | Sum, mean: float = 0.0) -> t
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 @pytest.mark.parametrize("what", SHAPES, ids=str)
-def test_against_float64(emulator: Any, what: LayerNorm | Geglu | Sum, mean: float) -> None:
+def test_against_float64(emulator: Any, what: LayerNorm | Geglu | Sum | Join, mean: float) -> None:
     assert error(*emulate(emulator, what, mean)) < 1e-3
 
 
@@ -53,17 +54,23 @@ def test_a_mean_that_dwarfs_the_deviation(emulator: Any) -> None:
         ("x + p.channels", "x + p.channels - kWidth", Geglu(3, 64)),
         ("1.f + erff", "1.f - erff", Geglu(3, 64)),
         ("at >= p.count", "at >= p.count - kWidth", Sum(3, 64)),
+        ("position / p.positions", "0", Join(2, 3, 8, 16)),
+        ("position * p.second + at - p.first", "position * p.second", Join(2, 3, 8, 16)),
     ],
 )
-def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu | Sum) -> None:
+def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu | Sum | Join) -> None:
     library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put)
     assert not error(*emulate(library, what, mean=3.0)) < 1e-3
 
 
 @pytest.mark.parametrize(
-    "what", [LayerNorm(4, 12), LayerNorm(4, 2056), LayerNorm(0, 8), Geglu(4, 12), Geglu(0, 8), Sum(3, 3)]
-)
-def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu | Sum) -> None:
+    "what",
+    [
+        LayerNorm(4, 12), LayerNorm(4, 2056), LayerNorm(0, 8), Geglu(4, 12), Geglu(0, 8), Sum(3, 3),
+        Join(2, 3, 12, 8), Join(2, 3, 8, 12), Join(2, 0, 8, 8), Join(0, 3, 8, 8),
+    ],
+)  # fmt: skip
+def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu | Sum | Join) -> None:
     call = replace(what).call()
     assert getattr(emulator, what.function)(ctypes.byref(call), 0) == 1
 
