@@ -8,7 +8,11 @@ import tensorrt_rtx as trt
 
 from plugins import load as loading
 from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, LAYER_NORM
-from trt_builder.flavour import Flavour
+from trt_builder.config import ModelConfig, Options, Shape
+from trt_builder.flavour import Flavour, get_flavour
+from trt_builder.random_weights import random_weights
+from trt_builder.stages import define
+from trt_builder.weights import Weights, expected_shapes
 
 ELEMENT, MATRIX = trt.ElementWiseOperation, trt.MatrixOperation
 
@@ -29,6 +33,15 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Flavour, "has_conv_plugin", has_conv)
     monkeypatch.setattr(Flavour, "add_own", add_own)
     return added
+
+
+def define_step(config: ModelConfig, shape: Shape, options: Options) -> None:
+    """The networks of a step with random weights, for TensorRT-RTX."""
+    flavour, weights = get_flavour("tensorrt_rtx"), Weights.from_dict(random_weights(expected_shapes(config), 0))
+    for stage in ("control", "unet_encoder", "unet_decoder"):
+        network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
+        define(stage, network, flavour, config, weights, shape, options)
+        weights.release()
 
 
 def has_conv(flavour: Flavour, rows: int, weight: Any, stride: int, options: Any) -> bool:

@@ -1,6 +1,8 @@
 """LayerNorm, GEGLU, sums and skips on a CPU: the kernels as they are written, in an emulator, against float64."""
 
 import ctypes
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 
-from bench.attention import attentions, between
+from bench import attention as bench
+from bench.attention import attentions, between, residuals
 from plugins.call import error
 from plugins.token_calls import Geglu, Join, LayerNorm, Sum
-from trt_builder.config import ModelConfig, Shape
+from runtime.engine import Gpu
+from trt_builder.config import ModelConfig, Options, Shape
 
 KERNELS, SOURCE = PLUGINS / "tokens", "tokens_emulated.cpp"
 
@@ -81,3 +85,56 @@ def test_a_step_has_three_norms_and_a_gate_a_block() -> None:
     norms = {what: count for what, count in counts.items() if isinstance(what, LayerNorm)}
     assert sum(norms.values()) == 69 and sum(counts.values()) == 69 + 23
     assert norms[LayerNorm(1536, 320)] == 4  # of each network's first block, before cond and uncond part
+
+
+def test_a_step_has_sixteen_sums_and_twelve_skips() -> None:
+    """Sums in the input halves alone: ResBlocks of the output half take more channels than they make."""
+    counts = residuals(ModelConfig.load("sd15"), Shape(256, 384, 1))
+    assert {one: count for one, count in counts.items() if isinstance(one, Sum)} == {
+        Sum(1536, 320): 2, Sum(3072, 320): 2, Sum(768, 640): 2, Sum(192, 1280): 2, Sum(48, 1280): 8,
+    }  # fmt: skip
+    assert {one: count for one, count in counts.items() if isinstance(one, Join)} == {
+        Join(2, 24, 1280, 1280): 3, Join(2, 96, 1280, 1280): 2, Join(2, 96, 1280, 640): 1, Join(2, 384, 1280, 640): 1,
+        Join(2, 384, 640, 640): 1, Join(2, 384, 640, 320): 1, Join(2, 1536, 640, 320): 1, Join(2, 1536, 320, 320): 2,
+    }  # fmt: skip
+
+
+def test_the_bench_times_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "gpu", lambda: Gpu("fake", "9.0"))
+    monkeypatch.setattr(bench, "open_library", lambda path: None)
+    monkeypatch.setattr(bench, "kernel_us", lambda library, what, replays: 2.0)
+    monkeypatch.setattr(bench, "torch_us", lambda attention, replays: None)
+    output = tmp_path / "attention.json"
+    assert bench.main(["--library", "lib.so", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["between"]
+    join = {"batch": 2, "positions": 384, "first": 640, "second": 320, "tokens": 768, "channels": 960}
+    assert {"what": "Join", **join, "count": 1, "kernel": 2.0} in rows
+    assert sum(row["count"] for row in rows) == 69 + 23 + 16 + 12
+    assert "Join" in capsys.readouterr().out
+
+
+def test_the_builder_gives_sums_and_skips_to_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that bench.attention finds."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
+    import plugin_stand_ins
+
+    config, shape = ModelConfig.load("tiny"), Shape(128, 64, samples=3)
+    found: Counter[Sum | Join] = Counter()
+
+    def add(network: Any, a: Any, b: Any) -> Any:
+        batch, channels, h, w = a.shape
+        found[Sum(batch * h * w, channels)] += 1
+        return plugin_stand_ins.add(network, a, b)
+
+    def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, index: int) -> Any:
+        batch, channels, h, w = x.shape
+        found[Join(batch, h * w, channels, skip.shape[1])] += 1
+        return plugin_stand_ins.join(network, x, skip, residual, scales, index)
+
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAdd", add)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyJoin", join)
+    plugin_stand_ins.define_step(config, shape, Options("fp32", residual="own"))
+    assert found == residuals(config, shape)
