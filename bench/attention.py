@@ -1,5 +1,5 @@
 """`python -m bench.attention`: our attention at every shape of the networks, PyTorch's where it sees a GPU; and what
-lies between attentions and matrix products: LayerNorm, the gate of GEGLU, the residual sums of ResBlocks.
+lies between attentions, products and convolutions: LayerNorm, the gate of GEGLU, ResBlocks' sums, joined skips.
 
 Needs the compiled plugins (`python -m plugins build`) and cuda-python; TensorRT only to find the library, which
 --library names as well, for an interpreter that has PyTorch instead. Each is timed as a CUDA graph of several calls.
@@ -23,10 +23,10 @@ from rich.table import Table
 from bench.group_norm import LAUNCHES, graph_us
 from plugins.call import Attention, OnGpu, attention_on_gpu, error, open_library
 from plugins.load import library_path
-from plugins.token_calls import Geglu, LayerNorm, Sum, tokens_on_gpu
+from plugins.token_calls import Geglu, Join, LayerNorm, Sum, tokens_on_gpu
 from runtime.engine import gpu
 from runtime.manifest import EngineError
-from trt_builder.config import Block, ModelConfig, Shape, UNetConfig
+from trt_builder.config import Block, Layer, ModelConfig, Shape, UNetConfig
 
 TOLERANCE = 2e-3
 
@@ -49,13 +49,21 @@ def of_blocks(
 ) -> Iterator[Attention]:
     """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order."""
     heads = config.num_heads
-    for layer in (layer for block in blocks for layer in block):
+    for layer, rows, tokens in placed(blocks, shape, scale, batch):
         if layer.kind == "transformer":
-            tokens, width = -(-shape.h // scale) * -(-shape.w // scale), layer.channels // heads
+            width = layer.channels // heads
             for _ in range(config.transformer_depth):
-                yield Attention(batch, heads, tokens, tokens, width, joined=True)
-                repeat, batch = shape.batch // batch, shape.batch  # cond and uncond part here
-                yield Attention(batch, heads, tokens, words, width, repeat=repeat)
+                yield Attention(rows, heads, tokens, tokens, width, joined=True)
+                repeat, rows = shape.batch // rows, shape.batch  # cond and uncond part here
+                yield Attention(rows, heads, tokens, words, width, repeat=repeat)
+
+
+def placed(blocks: Sequence[Block], shape: Shape, scale: int, batch: int) -> Iterator[tuple[Layer, int, int]]:
+    """Each layer of such blocks with the batch and the positions of the map that it gets, in order."""
+    for layer in (layer for block in blocks for layer in block):
+        yield layer, batch, -(-shape.h // scale) * -(-shape.w // scale)
+        if layer.kind == "transformer":
+            batch = shape.batch
         elif layer.kind == "down":
             scale *= 2
         elif layer.kind == "up":
@@ -71,6 +79,25 @@ def between(counts: Counter[Attention]) -> Counter[LayerNorm | Geglu]:
         if not one.joined:  # the feed-forward follows
             found[LayerNorm(one.batch * one.tokens, one.channels)] += count
             found[Geglu(one.batch * one.tokens, 4 * one.channels)] += count
+    return found
+
+
+def residuals(config: ModelConfig, shape: Shape) -> Counter[Sum | Join]:
+    """How often each sum at a ResBlock's end, and each joined skip of the UNet, occurs in a step.
+
+    Without our convolutions, which add what they are given themselves.
+    """
+    found: Counter[Sum | Join] = Counter()
+    for unet in (config.control, config.unet):
+        for layer, batch, positions in placed(unet.encoder_blocks, shape, 1, shape.samples):
+            if layer.kind == "res" and layer.channels == layer.out_channels:
+                found[Sum(batch * positions, layer.channels)] += 1
+    skips, blocks = config.unet.channels, config.unet.output_blocks
+    ours = {block[0].prefix: skip for block, skip in zip(blocks, reversed(skips), strict=True)}
+    for layer, batch, positions in placed(blocks, shape, max(config.unet.scales), shape.batch):
+        if layer.prefix in ours:
+            skip = ours[layer.prefix]
+            found[Join(batch, positions, layer.channels - skip, skip)] += 1
     return found
 
 
@@ -132,10 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = gpu()
         if here is None:
             raise EngineError("attention is measured on an NVIDIA GPU, and cuda-python sees none here.")
-        counts = attentions(ModelConfig.load(options.model), Shape(options.height, options.width, options.samples))
+        model, shape = ModelConfig.load(options.model), Shape(options.height, options.width, options.samples)
+        counts = attentions(model, shape)
+        others = [*between(counts).items(), *residuals(model, shape).items()]
         library = open_library(options.library or usual_library())
         if options.check:
-            return checked(library, [*counts, *between(counts), Sum(48, 1280), Sum(3072, 320)])
+            return checked(library, [*counts, *(one for one, _ in others)])
         rows = []
         for attention, count in sorted(counts.items(), key=lambda one: -one[0].flop):
             took = {"kernel": kernel_us(library, attention, options.replays)}
@@ -145,10 +174,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             {
                 "what": type(one).__name__,
                 **vars(one),
+                "tokens": one.tokens,
+                "channels": one.channels,
                 "count": count,
                 "kernel": kernel_us(library, one, options.replays),
             }
-            for one, count in between(counts).items()
+            for one, count in others
         ]
     except (ValueError, OSError) as why:
         print(f"bench.attention: {why}", file=sys.stderr)

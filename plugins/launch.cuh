@@ -7,28 +7,48 @@
 
 namespace canny {
 
-// Launch a kernel whose first deed is to wait for the kernel before it: from compute capability 9.0 on its blocks may
-// then be set up while that one still runs.
+// Launch a kernel in clusters of this many blocks along x. `early`, from compute capability 9.0 on only: its blocks may be
+// set up while the kernel before it still runs, so that its first deed must be to wait for that one.
 template <typename Params>
-cudaError_t launch_early(
-    void (*kernel)(const Params), dim3 grid, int32_t threads, int32_t bytes, cudaStream_t stream, const Params& params
+cudaError_t launch_kernel(
+    void (*kernel)(const Params), dim3 grid, int32_t threads, int32_t bytes, cudaStream_t stream, const Params& params,
+    int32_t cluster, bool early
 ) {
-    static const bool can = canny_max_cluster() > 1;
     if (bytes > 48 << 10) {  // as much must be asked for
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error != cudaSuccess) return error;
     }
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    uint32_t used = 0;
+    if (cluster > 1) {
+        attributes[used].id = cudaLaunchAttributeClusterDimension;
+        attributes[used].val.clusterDim.x = cluster;
+        attributes[used].val.clusterDim.y = attributes[used].val.clusterDim.z = 1;
+        used++;
+    }
+    if (early) {
+        attributes[used].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[used].val.programmaticStreamSerializationAllowed = 1;
+        used++;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = can ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = used;
     return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// The same, early wherever the GPU can.
+template <typename Params>
+cudaError_t launch_early(
+    void (*kernel)(const Params), dim3 grid, int32_t threads, int32_t bytes, cudaStream_t stream, const Params& params,
+    int32_t cluster = 1
+) {
+    static const bool can = canny_max_cluster() > 1;
+    return launch_kernel(kernel, grid, threads, bytes, stream, params, cluster, can);
 }
 
 }  // namespace canny

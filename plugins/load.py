@@ -20,9 +20,11 @@ FOLDER = Path(__file__).resolve().parent
 LIB = FOLDER / "lib"
 SOURCES = ("CMakeLists.txt", "*.cuh", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
 GROUP_NORM, ATTENTION = "CannyGroupNorm", "CannyAttention"  # in TensorRT's registry
-LAYER_NORM, GEGLU, ADD = "CannyLayerNorm", "CannyGeglu", "CannyAdd"
+LAYER_NORM, GEGLU = "CannyLayerNorm", "CannyGeglu"
+ADD, JOIN = "CannyAdd", "CannyJoin"
 CONV = "CannyConv"
 TRANSFORMER = (ATTENTION, LAYER_NORM, GEGLU)  # what a transformer over a map is made of
+RESIDUALS = (ADD, JOIN)  # what adds a ResBlock's input, and ControlNet's residuals
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 CONV_MULTIPLE = 64  # of the channels and filters that conv/kernel.cuh takes
@@ -116,7 +118,7 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
 
     Raises PluginError as `load` does, and where the plugins here are others.
     """
-    unknown = sorted(needed.keys() - {GROUP_NORM, ADD, CONV, *TRANSFORMER})
+    unknown = sorted(needed.keys() - {GROUP_NORM, CONV, *TRANSFORMER, *RESIDUALS})
     if unknown:
         raise PluginError(f"the engines need the plugin {unknown[0]}, which is not among those here: build them again.")
     if not needed:

@@ -1,4 +1,4 @@
-"""What lies between convolutions and matrix products, called as in `plugins.call`: LayerNorm, GEGLU's gate, sums."""
+"""What lies between convolutions and products, called as in `plugins.call`: LayerNorm, GEGLU's gate, sums, skips."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ class CannyAdd(ctypes.Structure):
     """The structure of the same name in tokens/call.h."""
 
     _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "b", "y")), ("count", ctypes.c_int64)]
+
+
+class CannyJoin(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "y")),
+        *((name, ctypes.c_int32) for name in ("batch", "positions", "first", "second")),
+    ]
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,48 @@ class Sum:
         return CannyAdd(count=self.tokens * self.channels)
 
 
-def tokens_on_gpu(library: Any, what: LayerNorm | Geglu | Sum, arrays: Mapping[str, np.ndarray]) -> OnGpu:
-    """A LayerNorm, the gate of a GEGLU or a sum on the GPU."""
+@dataclass(frozen=True)
+class Join:
+    """x (batch, positions, first) and behind it skip + scale·residual (batch, positions, second), in half precision."""
+
+    batch: int
+    positions: int
+    first: int
+    second: int
+
+    function = "canny_join"
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all rows of the batch."""
+        return self.batch * self.positions
+
+    @property
+    def channels(self) -> int:
+        """Of the result."""
+        return self.first + self.second
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random x of a mean, skip, residual and scales (batch), of standard deviation 1."""
+        rng = np.random.default_rng(seed)
+        widths = {"x": self.first, "skip": self.second, "residual": self.second}
+        made = {name: rng.standard_normal((self.tokens, width), np.float32) for name, width in widths.items()}
+        made["x"] += np.float32(mean)
+        scales = rng.standard_normal(self.batch, np.float32)
+        return {name: array.astype(np.float16) for name, array in made.items()} | {"scales": scales}
+
+    def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """y (tokens, channels) in float64."""
+        x, skip, residual = (arrays[name].astype(np.float64) for name in ("x", "skip", "residual"))
+        return np.concatenate([x, skip + np.repeat(arrays["scales"], self.positions)[:, None] * residual], axis=1)
+
+    def call(self) -> CannyJoin:
+        """The call, without addresses."""
+        return CannyJoin(batch=self.batch, positions=self.positions, first=self.first, second=self.second)
+
+
+def tokens_on_gpu(library: Any, what: LayerNorm | Geglu | Sum | Join, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """One of them on the GPU."""
     check(cuda_runtime().cudaFree(0))
     memory = {**arrays, "y": np.full((what.tokens, what.channels), np.nan, np.float16)}
     return OnGpu(getattr(library, what.function), what.call(), memory, lambda y: y)

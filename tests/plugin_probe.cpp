@@ -150,7 +150,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 6 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 7 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -295,7 +295,7 @@ int main(int, char** arguments) {
     auto& layer_norm = *static_cast<Creator*>(entry(count)[2]);
     auto& geglu = *static_cast<Creator*>(entry(count)[3]);
     auto& sum = *static_cast<Creator*>(entry(count)[4]);
-    MUST(count == 6 && !std::strcmp(sum.getPluginName(), "CannyAdd"));
+    MUST(count == 7 && !std::strcmp(sum.getPluginName(), "CannyAdd"));
     MUST(!std::strcmp(layer_norm.getPluginName(), "CannyLayerNorm"));
     MUST(!std::strcmp(geglu.getPluginName(), "CannyGeglu"));
     Given fields;
@@ -364,6 +364,26 @@ int main(int, char** arguments) {
     stride = 1, residual = 2;
     MUST(!create(convolution, fields));
     end(conv);
+    auto& join = *static_cast<Creator*>(entry(count)[6]);
+    MUST(!std::strcmp(join.getPluginName(), "CannyJoin"));
+    int32_t index = 3;
+    fields.fields = {given.fields[0], {"index", &index, PluginFieldType::kINT32, 1}};
+    Plugin* skips = create(join, fields);
+    MUST(skips);
+    describe(0, dims({2, 640, 8, 12}), half, last8);
+    for (int i : {1, 2}) describe(i, dims({2, 320, 8, 12}), half, last8);
+    describe(3, dims({13, 2}), single, linear);
+    describe(4, dims({2, 960, 8, 12}), half, last8);
+    for (int32_t i = 0; i < 5; i++) MUST(build_side(*skips).supportsFormatCombination(i, tensors.data(), 4, 1));
+    configure(*skips, tensors, true, 4);
+    describe(3, dims({3, 2}), single, linear);
+    configure(*skips, tensors, false, 4);
+    describe(3, dims({13, 2}), single, linear);
+    describe(2, dims({2, 640, 8, 12}), half, last8);
+    configure(*skips, tensors, false, 4);
+    end(skips);
+    index = -1;
+    MUST(!create(join, fields));
     end(norm);
     end(gate);
     std::printf("all as it must be\n");

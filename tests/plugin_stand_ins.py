@@ -7,8 +7,12 @@ import pytest
 import tensorrt_rtx as trt
 
 from plugins import load as loading
-from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, LAYER_NORM
-from trt_builder.flavour import Flavour
+from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, LAYER_NORM
+from trt_builder.config import ModelConfig, Options, Shape
+from trt_builder.flavour import Flavour, get_flavour
+from trt_builder.random_weights import random_weights
+from trt_builder.stages import define
+from trt_builder.weights import Weights, expected_shapes
 
 ELEMENT, MATRIX = trt.ElementWiseOperation, trt.MatrixOperation
 
@@ -23,12 +27,21 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
     monkeypatch.setattr(Flavour, "has_transformer_plugins", lambda self, width, options: options.attention == "own")
-    monkeypatch.setattr(Flavour, "has_add_plugin", lambda self, options: options.residual == "own")
+    monkeypatch.setattr(Flavour, "has_residual_plugins", lambda self, options: options.residual == "own")
     # The small model's channels are multiples of 32 only; the stand-in needs no half precision.
     monkeypatch.setattr(loading, "CONV_MULTIPLE", 32)
     monkeypatch.setattr(Flavour, "has_conv_plugin", has_conv)
     monkeypatch.setattr(Flavour, "add_own", add_own)
     return added
+
+
+def define_step(config: ModelConfig, shape: Shape, options: Options) -> None:
+    """The networks of a step with random weights, for TensorRT-RTX."""
+    flavour, weights = get_flavour("tensorrt_rtx"), Weights.from_dict(random_weights(expected_shapes(config), 0))
+    for stage in ("control", "unet_encoder", "unet_decoder"):
+        network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
+        define(stage, network, flavour, config, weights, shape, options)
+        weights.release()
 
 
 def has_conv(flavour: Flavour, rows: int, weight: Any, stride: int, options: Any) -> bool:
@@ -110,6 +123,15 @@ def add(network: Any, x: Any, y: Any) -> Any:
     return network.add_elementwise(x, y, ELEMENT.SUM)
 
 
+def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, index: int) -> Any:
+    factor = out(network.add_slice(scales, (index, 0), (1, scales.shape[1]), (1, 1)))
+    factor = out(shuffled(network, factor, shape=(scales.shape[1], 1, 1, 1)))
+    scaled = out(network.add_elementwise(residual, factor, ELEMENT.PROD))
+    joined = network.add_concatenation([x, out(network.add_elementwise(skip, scaled, ELEMENT.SUM))])
+    joined.axis = 1
+    return joined
+
+
 HELD: list[Any] = []  # TensorRT keeps no weights itself
 
 
@@ -142,5 +164,6 @@ def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, st
 
 
 MAKE: dict[str, Any] = {
-    ADD: add, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu, ATTENTION: attention,
+    ADD: add, JOIN: join, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu,
+    ATTENTION: attention,
 }  # fmt: skip

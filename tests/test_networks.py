@@ -222,6 +222,7 @@ def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any
     assert blocks and added.count("CannyLayerNorm") == 3 * blocks and added.count("CannyAttention") == 2 * blocks
     assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 4) == (conv == "own")
     assert conv == "own" or ("CannyAdd" in added) == ("decoder" not in stage)
+    assert ("CannyJoin" in added) == ("decoder" in stage)
 
 
 def test_switches_change_the_network() -> None:

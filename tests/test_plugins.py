@@ -23,9 +23,6 @@ from plugins.load import PluginError
 from runtime.manifest import Manifest
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
-from trt_builder.random_weights import random_weights
-from trt_builder.stages import define
-from trt_builder.weights import Weights, expected_shapes
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -234,7 +231,7 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
     import plugin_stand_ins
 
-    flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
+    config, shape = ModelConfig.load("tiny"), Shape(128, 128)
     found: Counter[Attention] = Counter()
 
     def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
@@ -245,11 +242,7 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAttention", attention)
-    weights = Weights.from_dict(random_weights(expected_shapes(config), 0))
-    for stage in ("control", "unet_encoder", "unet_decoder"):
-        network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
-        define(stage, network, flavour, config, weights, shape, Options("fp32", attention="own"))
-        weights.release()
+    plugin_stand_ins.define_step(config, shape, Options("fp32", attention="own"))
     assert found == attentions(config, shape)
 
 
@@ -268,11 +261,8 @@ def test_the_builder_gives_convolutions_to_the_plugin(monkeypatch: pytest.Monkey
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", conv)
-    weights, options = Weights.from_dict(random_weights(expected_shapes(config), 0)), Options("fp32", "own", conv="own")
-    for stage in ("control", "unet_encoder", "unet_decoder"):
-        network = flavour.create_network(flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR)))
-        define(stage, network, flavour, config, weights, shape, options)
-        weights.release()
+    options = Options("fp32", "own", conv="own")
+    plugin_stand_ins.define_step(config, shape, options)
     fits = [
         (one, count)
         for one, count in convolutions(config, shape).items()
@@ -342,7 +332,8 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "k and v must have the shape (a multiple of 2, S, 640)", "must have the shape (B, 3 * heads * width, h, w)",
         "CannyLayerNorm: epsilon is 0.0", "CannyLayerNorm: the field epsilon is missing", "must have 320 numbers",
         "it has 4096 channels, at most 2048", "the shape (B, C, h, w), C a multiple of 16",
-        "CannyAdd: its inputs must have one shape",
+        "CannyAdd: its inputs must have one shape", "CannyJoin: scales must have the shape",
+        "the residual of the skip's channels", "index is -1",
         "CannyConv: size is 5", "CannyConv: stride is 3", "CannyConv: residual is 2", "C a multiple of 64",
         "the weight must have the shape (D / 64, 18, 64, 64)", "the residual must have the shape of the result",
     ):  # fmt: skip

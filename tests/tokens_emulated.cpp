@@ -34,3 +34,7 @@ extern "C" int canny_geglu(const CannyGeglu* call, int order) {
 extern "C" int canny_add(const CannyAdd* call, int order) {
     return emulate(*call, order, [](auto&&... given) { return canny::run_add(given...); });
 }
+
+extern "C" int canny_join(const CannyJoin* call, int order) {
+    return emulate(*call, order, [](auto&&... given) { return canny::run_join(given...); });
+}

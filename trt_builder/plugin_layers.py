@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from plugins.load import (
-    ADD,
     ATTENTION_WIDTHS,
     CONV,
     CONV_CAPABILITY,
     CONV_MULTIPLE,
     FIELDS_VERSION,
     GROUP_NORM,
+    RESIDUALS,
     TRANSFORMER,
     VERSION,
     PluginError,
@@ -112,7 +112,7 @@ class PluginLayers:
         Raises FlavourError or PluginError where they cannot be had.
         """
         needed = [GROUP_NORM] * (options.group_norm == "own") + list(TRANSFORMER) * (options.attention == "own")
-        needed += [ADD] * (options.residual == "own") + [CONV] * (options.conv == "own")
+        needed += list(RESIDUALS) * (options.residual == "own") + [CONV] * (options.conv == "own")
         if needed and self.rtx:
             raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
         if not needed:
@@ -179,11 +179,12 @@ class PluginLayers:
         _say_once(f"attention of {options.precision} heads {width} wide is TensorRT's own: the plugin has none for it")
         return False
 
-    def has_add_plugin(self, options: Options) -> bool:
-        """Whether our plugin adds the residuals of ResBlocks; raises FlavourError where it cannot be had."""
+    def has_residual_plugins(self, options: Options) -> bool:
+        """Whether our plugins add ResBlocks' and ControlNet's residuals; FlavourError where they cannot be had."""
         if options.residual != "own" or options.precision != "fp16":
             return False
-        self._need(ADD, "residual")
+        for plugin in RESIDUALS:
+            self._need(plugin, "residual")
         return True
 
     def has_conv_plugin(self, rows: int, weight: Sequence[int], stride: int, options: Options) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plugins.load import JOIN
 from runtime.steps import COND
 from trt_builder.clip import text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
@@ -24,10 +26,12 @@ from trt_builder.layers import (
     add,
     chunk,
     clamp,
+    concat,
     conv,
     linear,
     match_batch,
     mul,
+    own,
     permute,
     reshape,
     scalar,
@@ -42,7 +46,7 @@ from trt_builder.weights import Weights
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    from trt_builder.unet import KV
+    from trt_builder.unet import KV, Join
 
 CLIP = "cond_stage_model.transformer.text_model."
 VAE = "first_stage_model."
@@ -228,11 +232,28 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
     net = stage.net(config.prefix)
     if stage.batch < stage.shape.batch:
         scales = chunk(net.float32(), scales, 2, 1)[0]
-    scaled = scale_rows(net, residuals, scales)
-    *skips, middle = (
-        add(net, s, r, f"add_residual{i}") for i, (s, r) in enumerate(zip([*skips, middle], scaled, strict=True))
-    )
-    return decode(net, config, skips, middle, rows, kv), reshape(net.float32(), guidance, (1, 1, 1, 1), what="guidance")
+    joins: list[Join]
+    if net.flavour.has_residual_plugins(net.options):
+        (last,) = scale_rows(net, residuals[-1:], scales, len(skips))
+        joins = [partial(own_join, s, r, scales, i) for i, (s, r) in enumerate(zip(skips, residuals, strict=False))]
+    else:
+        *scaled, last = scale_rows(net, residuals, scales)
+        sums = (add(net, s, r, f"add_residual{i}") for i, (s, r) in enumerate(zip(skips, scaled, strict=True)))
+        joins = [partial(join, one) for one in sums]
+    middle = add(net, middle, last, f"add_residual{len(skips)}")
+    return decode(net, config, joins, middle, rows, kv), reshape(net.float32(), guidance, (1, 1, 1, 1), what="guidance")
+
+
+def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> trt.ITensor:
+    """x (B, C, h, w) and a skip (B, D, h, w) behind it: (B, C + D, h, w)."""
+    return concat(net, [x, skip], 1)
+
+
+def own_join(
+    skip: trt.ITensor, residual: trt.ITensor, scales: trt.ITensor, i: int, net: Net, x: trt.ITensor
+) -> trt.ITensor:  # fmt: skip
+    """`join` with a skip to which our plugin adds line i of scales (residuals, B) times the residual (B, D, h, w)."""
+    return own(net, JOIN, [x, skip, residual, scales], "concat", index=i)
 
 
 def update(stage: Stage, e: trt.ITensor) -> None:
@@ -249,11 +270,11 @@ def update(stage: Stage, e: trt.ITensor) -> None:
     stage.output("x_next", add(exact, x_next, noise, "add_noise"), np.float32)
 
 
-def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor) -> list[trt.ITensor]:
-    """Each tensor (B, C, h, w) times its line of `scales` (tensors, B), one factor per row of the batch."""
+def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor, first: int = 0) -> list[trt.ITensor]:
+    """Each tensor (B, C, h, w) times its line of `scales`, from line `first` on: one factor per row of the batch."""
     count, batch = scales.shape
-    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)
-    return [mul(net, t, f, f"scale{i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
+    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)[first:]
+    return [mul(net, t, f, f"scale{first + i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
 
 
 def vae_decoder(stage: Stage) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from plugins.load import ADD
@@ -11,7 +11,6 @@ from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
     Net,
     add,
-    concat,
     conv,
     geglu_gate,
     group_norm,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
     KV = tuple[trt.ITensor, trt.ITensor]
+    Join = Callable[[Net, trt.ITensor], trt.ITensor]
 
 
 def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
@@ -40,7 +40,7 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     h = conv(last, h)
     if skip.has("weight"):
         return add(net, conv(skip, x), h)
-    return own(net, ADD, [x, h], "add") if net.flavour.has_add_plugin(net.options) else add(net, x, h)
+    return own(net, ADD, [x, h], "add") if net.flavour.has_residual_plugins(net.options) else add(net, x, h)
 
 
 def geglu(net: Net, x: trt.ITensor) -> trt.ITensor:
@@ -119,11 +119,11 @@ def encode(
 
 
 def decode(
-    net: Net, config: UNetConfig, skips: list[trt.ITensor], middle: trt.ITensor, rows: Iterator[trt.ITensor],
+    net: Net, config: UNetConfig, joins: list[Join], middle: trt.ITensor, rows: Iterator[trt.ITensor],
     kv: Iterator[KV],
 ) -> trt.ITensor:  # fmt: skip
-    """The output half: skips and the middle block's output → e (B, 4, h, w)."""
+    """The output half → e (B, 4, h, w), from the middle block's output, and what puts each skip behind an x."""
     x = middle
-    for block, skip in zip(config.output_blocks, reversed(skips), strict=True):
-        x = run_block(net, config, block, concat(net.at(block[0].prefix), [x, skip], 1), rows, kv)
+    for block, join in zip(config.output_blocks, reversed(joins), strict=True):
+        x = run_block(net, config, block, join(net.at(block[0].prefix), x), rows, kv)
     return conv(net.at("out.2"), group_norm(net.at("out.0"), x, with_silu=True))

@@ -134,7 +134,9 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::GegluOp> geglu;
     static canny::Creator<canny::AddOp> add;
     static canny::Creator<canny::ConvOp> conv;
-    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu, &add, &conv};
-    count = 6;
+    static canny::Creator<canny::JoinOp> join;
+    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
+                                                         &add,        &conv,      &join};
+    count = 7;
     return creators;
 }

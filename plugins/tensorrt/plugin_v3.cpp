@@ -136,8 +136,9 @@ CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
     static canny::Creator<canny::GegluOp> geglu;
     static canny::Creator<canny::AddOp> add;
     static canny::Creator<canny::ConvOp> conv;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm,
-                                                                  &geglu,      &add,       &conv};
-    count = 6;
+    static canny::Creator<canny::JoinOp> join;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
+                                                                  &add,        &conv,      &join};
+    count = 7;
     return creators;
 }

@@ -27,3 +27,13 @@ struct CannyAdd {
     void* y;
     int64_t count;
 };
+
+// y = (x, skip + scale·residual) side by side, where each row of the batch has a scale.
+struct CannyJoin {
+    const void* x;         // (batch, positions, first), first a multiple of 8
+    const void* skip;      // (batch, positions, second), second a multiple of 8
+    const void* residual;  // as skip
+    const float* scales;   // (batch)
+    void* y;               // (batch, positions, first + second)
+    int32_t batch, positions, first, second;
+};

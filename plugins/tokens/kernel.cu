@@ -1,4 +1,4 @@
-// LayerNorm, GEGLU and sums on a GPU, behind C functions.
+// LayerNorm, GEGLU, sums and skips on a GPU, behind C functions.
 #include "kernel.cuh"
 
 #include "../launch.cuh"
@@ -31,5 +31,11 @@ int32_t canny_geglu(const CannyGeglu* call, cudaStream_t stream) {
 int32_t canny_add(const CannyAdd* call, cudaStream_t stream) {
     cudaError_t error = cudaErrorNotSupported;
     canny::run_add(*call, launcher(stream, error));
+    return error;
+}
+
+int32_t canny_join(const CannyJoin* call, cudaStream_t stream) {
+    cudaError_t error = cudaErrorNotSupported;
+    canny::run_join(*call, launcher(stream, error));
     return error;
 }

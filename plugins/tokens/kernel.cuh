@@ -1,4 +1,4 @@
-// LayerNorm, the gate of GEGLU, and sums, over tokens, 16 bytes at a time; arithmetic in float.
+// LayerNorm, the gate of GEGLU, sums and skips, over tokens, 16 bytes at a time; arithmetic in float.
 #pragma once
 
 #include "call.h"
@@ -94,6 +94,30 @@ __global__ void __launch_bounds__(kGateThreads) add(const CannyAdd p) {
     a.store(static_cast<__half*>(p.y) + at);
 }
 
+// A thread has a vector.
+__global__ void __launch_bounds__(kGateThreads) join(const CannyJoin p) {
+    int64_t i = int64_t(blockIdx.x) * kGateThreads + threadIdx.x;
+    int32_t both = p.first + p.second, vectors = both / kWidth;
+    if (i >= int64_t(p.batch) * p.positions * vectors) return;
+    let_next_begin();
+    wait_for_previous();
+    int64_t position = i / vectors;
+    int32_t at = int32_t(i - position * vectors) * kWidth;
+    Vector<__half> y, residual;
+    if (at < p.first) {
+        y.load(static_cast<const __half*>(p.x) + position * p.first + at);
+    } else {
+        int64_t from = position * p.second + at - p.first;
+        float scale = p.scales[position / p.positions];
+        y.load(static_cast<const __half*>(p.skip) + from);
+        residual.load(static_cast<const __half*>(p.residual) + from);
+#pragma unroll
+        for (int k = 0; k < kWidth; k++)
+            from_float(to_float(y.value[k]) + scale * to_float(residual.value[k]), y.value[k]);
+    }
+    y.store(static_cast<__half*>(p.y) + position * both + at);
+}
+
 // Do a call with `launch(kernel, blocks, threads, call)`; false where its shape has no kernel.
 template <typename Launch>
 bool run_layer_norm(const CannyLayerNorm& call, Launch&& launch) {
@@ -118,6 +142,15 @@ bool run_add(const CannyAdd& call, Launch&& launch) {
     if (call.count < 1 || call.count % kWidth) return false;
     int64_t blocks = (call.count / kWidth + kGateThreads - 1) / kGateThreads;
     return blocks <= INT32_MAX && launch(add, dim3(uint32_t(blocks)), kGateThreads, call);
+}
+
+template <typename Launch>
+bool run_join(const CannyJoin& call, Launch&& launch) {
+    bool sizes = call.batch > 0 && call.positions > 0 && call.first > 0 && call.second > 0;
+    if (!sizes || call.first % kWidth || call.second % kWidth) return false;
+    int64_t vectors = int64_t(call.batch) * call.positions * ((call.first + call.second) / kWidth);
+    int64_t blocks = (vectors + kGateThreads - 1) / kGateThreads;
+    return blocks <= INT32_MAX && launch(join, dim3(uint32_t(blocks)), kGateThreads, call);
 }
 
 }  // namespace canny
