@@ -30,12 +30,13 @@ from bench.attention import usual_library
 from bench.group_norm import graph_us
 from plugins.call import OnGpu, error, open_library
 from plugins.conv_calls import Conv, conv_on_gpu
+from plugins.load import CONV_ROWS
 from runtime.engine import Engine, check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, conv
-from trt_builder.plugin_layers import CONV_ROWS, conv_wins
+from trt_builder.plugin_layers import conv_wins
 from trt_builder.weights import Weights
 
 CACHED = 200 << 20  # bytes of weights that a cache cannot hold: four times an H200's 50 MB
@@ -99,14 +100,14 @@ def of_transformer(plain: Conv, batch: int, depth: int) -> Iterator[Conv]:
     yield replace(plain, residual_batch=before)
 
 
-def small(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
+def served(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
     """Those to at most so many positions that there is a kernel for."""
     return Counter({one: n for one, n in counts.items() if one.rows <= rows and one.plan(library)})
 
 
 def cuts(one: Conv, library: Any) -> Iterator[Conv]:
     """Every cut of a convolution that there is."""
-    for high, wide, cluster in product((64, 128, 192), (64, 128), range(1, 9)):
+    for high, wide, cluster in product((64, 128), (64, 128), range(1, 9)):
         forced = replace(one, high=high, wide=wide, cluster=cluster)
         if forced.plan(library):
             yield forced
@@ -202,7 +203,7 @@ def facts(library: Any, one: Conv, count: int) -> dict[str, Any]:
     """What is known of a convolution before it is timed."""
     plan = one.plan(library)
     assert plan is not None
-    wins = conv_wins(one.rows, one.filters)
+    wins = conv_wins(one.rows, (one.filters, one.channels, one.size, one.size))
     return vars(one) | {"rows": one.rows, "count": count, "plan": vars(plan), "chosen": wins}
 
 
@@ -266,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
-        counts = small(convolutions(ModelConfig.load(options.model), shape), library, options.rows)
+        counts = served(convolutions(ModelConfig.load(options.model), shape), library, options.rows)
         if options.check:
             return checked(library, counts)
         if options.plan:

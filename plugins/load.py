@@ -27,7 +27,7 @@ TRANSFORMER = (ATTENTION, LAYER_NORM, GEGLU)  # what a transformer over a map is
 RESIDUALS = (ADD, JOIN)  # what adds a ResBlock's input, and ControlNet's residuals
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
-CONV_MULTIPLE = 64  # of the channels and filters that conv/kernel.cuh takes
+CONV_MULTIPLE, CONV_ROWS = 64, 8000  # of the channels and filters, and most positions, that conv/kernel.cuh takes
 CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 

@@ -275,9 +275,10 @@ def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> 
     flavour, own = recording(False, "creator"), Options(conv="own")
     assert flavour.has_conv_plugin(48, (1280, 2560, 3, 3), 1, own)
     assert flavour.has_conv_plugin(48, (1280, 1280, 3, 3), 2, own)
+    assert flavour.has_conv_plugin(3072, (320, 960, 1, 1), 1, own)
     for rows, weight, stride in (
-        (3072, (320, 320, 3, 3), 1), (192, (10240, 1280, 1, 1), 1), (48, (96, 1280, 3, 3), 1),
-        (48, (1280, 4, 3, 3), 1), (48, (64, 64, 5, 5), 1), (48, (64, 64, 3, 3), 3),
+        (3072, (640, 640, 3, 3), 1), (192, (3840, 1280, 1, 1), 1), (8001, (64, 64, 1, 1), 1),
+        (48, (96, 1280, 3, 3), 1), (48, (1280, 4, 3, 3), 1), (48, (64, 64, 5, 5), 1), (48, (64, 64, 3, 3), 3),
     ):  # fmt: skip
         assert not flavour.has_conv_plugin(rows, weight, stride, own)
     assert not flavour.has_conv_plugin(48, (1280, 1280, 3, 3), 1, Options())

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rich.logging import RichHandler
 
 from models import find_weights
-from plugins.load import require
+from plugins.load import CONV_CAPABILITY, require
 from runtime.command_line import Parser, escape_output, sentence, stop
 from runtime.engine import Engine, gpu
 from runtime.manifest import EngineError, Manifest, StagePlan, folder_name
@@ -82,7 +82,7 @@ def parser() -> Parser:
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
-    add("--conv", choices=("builtin", "own"), default="builtin", help="of small maps (%(default)s)")
+    add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser(
@@ -174,7 +174,8 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
     own = flavour.plugins_win(options.precision, capability)
     switches = Options(
         options.precision, usual(options.attention, own, "fused"), options.qkv, not options.no_shared_prefix,
-        options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"), options.conv,
+        options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"),
+        usual(options.conv, own and capability == CONV_CAPABILITY, "builtin"),
     )  # fmt: skip
     manifest = replace(
         wanted,

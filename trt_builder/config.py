@@ -361,7 +361,7 @@ class Options:
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
         the built-in plugin where it can be had, else the layer.
     conv: convolutions of small maps by TensorRT ("builtin"), or by the plugin of plugins/ ("own"; compute capability
-        9.0), which takes those that it was predicted to win and adds their residuals.
+        9.0), which takes those that it was measured to win and adds their residuals.
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"

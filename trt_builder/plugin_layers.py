@@ -14,6 +14,7 @@ from plugins.load import (
     CONV,
     CONV_CAPABILITY,
     CONV_MULTIPLE,
+    CONV_ROWS,
     FIELDS_VERSION,
     GROUP_NORM,
     RESIDUALS,
@@ -36,17 +37,18 @@ log = logging.getLogger(__name__)
 BUILT_IN_CHANNELS = frozenset((128, 256, 320, 512, 640, 960, 1280, 1920, 2560))
 BUILT_IN_ROWS = 32
 
-# Positions B·h·w, and numbers of the result, of the convolutions that are our plugin's where it is asked for: with more
-# of either there are tiles enough for TensorRT's own to keep a GPU busy.
-CONV_ROWS, CONV_NUMBERS = 768, 1_500_000
+# Numbers of the result up to which convolutions are our plugin's, if a 1×1 one does not widen x by more than this: with
+# more there are tiles enough for TensorRT's own to keep a GPU busy.
+CONV_NUMBERS, CONV_WIDER = 983_040, 2
 
 
-def conv_wins(rows: int, filters: int) -> bool:
-    """Whether our plugin is predicted to win over TensorRT 8.6's own convolution to this many positions, B·h·w.
+def conv_wins(rows: int, weight: Sequence[int]) -> bool:
+    """Whether our plugin was measured to win over TensorRT 8.6's own convolution to this many positions, B·h·w.
 
-    Predicted, not measured: `python -m bench.conv` measures it.
+    weight: the shape (D, C, size, size). Source: the measurements in plugins/README.md.
     """
-    return rows <= CONV_ROWS and rows * filters <= CONV_NUMBERS
+    filters, channels, size, _ = weight
+    return rows * filters <= CONV_NUMBERS and (size > 1 or filters <= CONV_WIDER * channels)
 
 
 class FlavourError(ValueError):
@@ -197,7 +199,7 @@ class PluginLayers:
         self._need(CONV, "conv")
         filters, channels, size, _ = weight
         fits = size in (1, 3) and stride in (1, 2) and not filters % CONV_MULTIPLE and not channels % CONV_MULTIPLE
-        return fits and conv_wins(rows, filters)
+        return fits and rows <= CONV_ROWS and conv_wins(rows, weight)
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

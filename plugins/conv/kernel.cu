@@ -1,6 +1,7 @@
 // Convolutions of small maps on a GPU, behind C functions. CANNY_CONV: this was compiled for compute capability 9.0a.
 #include "kernel.cuh"
 
+#include "../launch.cuh"
 #include "kernel.h"
 
 namespace {
@@ -24,22 +25,7 @@ int32_t canny_conv(const CannyConv* call, cudaStream_t stream) {
     canny::run_conv(
         *call,
         [&](auto kernel, dim3 grid, int32_t cluster, int32_t threads, int32_t bytes, const canny::ConvParams& p) {
-            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-            if (error != cudaSuccess) return false;
-            cudaLaunchAttribute attributes[2] = {};
-            attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-            attributes[0].val.programmaticStreamSerializationAllowed = 1;
-            attributes[1].id = cudaLaunchAttributeClusterDimension;
-            attributes[1].val.clusterDim.x = cluster;
-            attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-            cudaLaunchConfig_t config{};
-            config.gridDim = grid;
-            config.blockDim = dim3(threads);
-            config.dynamicSmemBytes = bytes;
-            config.stream = stream;
-            config.attrs = attributes;
-            config.numAttrs = cluster > 1 ? 2 : 1;
-            error = cudaLaunchKernelEx(&config, kernel, p);
+            error = canny::launch_early(kernel, grid, threads, bytes, stream, p, cluster);
             return error == cudaSuccess;
         }
     );

@@ -1,7 +1,7 @@
 // Convolutions of small maps as matrix products (B·h·w) × (taps·channels) × filters, in half precision with sums in
 // float. With few positions the time is that of reading the weights, once and all at the same time:
 //
-// - A tile is 64 to 192 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
+// - A tile is 64 or 128 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
 //   products' length, and adds up a part of the tile through the others' shared memory, always in the same order.
 // - One warp has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Three
 //   copy the positions' channels, 64 of them once for all nine taps. Barriers tell who waits for whom.
@@ -306,8 +306,7 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     dim3 grid(p.cluster, call.filters / plan.wide, (p.rows + high - 1) / high);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, p); };
     if (plan.groups == 1) return plan.wide == 64 ? go(conv<1, 64>) : go(conv<1, 128>);
-    if (plan.groups == 2) return plan.wide == 64 ? go(conv<2, 64>) : go(conv<2, 128>);
-    return plan.wide == 64 ? go(conv<3, 64>) : go(conv<3, 128>);
+    return plan.wide == 64 ? go(conv<2, 64>) : go(conv<2, 128>);
 }
 
 }  // namespace canny

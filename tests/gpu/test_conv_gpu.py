@@ -1,41 +1,27 @@
 """The convolution kernels on a GPU, called directly; the library is compiled first where none that fits is there."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bench.conv import convolutions, cuts, result_of
-from plugins.build import build
-from plugins.call import error, open_library
+from plugins.call import error
 from plugins.conv_calls import Conv, conv_on_gpu
-from plugins.load import CONV_CAPABILITY, PluginError
+from plugins.load import CONV_CAPABILITY
 from runtime.engine import check, cuda_runtime, gpu
 from trt_builder.config import ModelConfig, Shape
-from trt_builder.plugin_layers import CONV_ROWS
 
 HERE = gpu()
 pytestmark = pytest.mark.skipif(
     HERE is None or HERE.capability != CONV_CAPABILITY, reason="cuda-python sees no GPU of compute capability 9.0"
 )
 
-NETWORKS = sorted(
-    (one for one in convolutions(ModelConfig.load("sd15"), Shape(256, 384, 1)) if one.rows <= CONV_ROWS),
-    key=lambda one: one.flop,
-)
+NETWORKS = sorted(convolutions(ModelConfig.load("sd15"), Shape(256, 384)), key=lambda one: one.flop)
 OTHERS = [
     Conv(1, 64, 1, 1, 64), Conv(3, 64, 5, 7, 128, residual_batch=1), Conv(2, 192, 9, 13, 192, stride=2),
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 640, 9, 13, 128, size=1, residual_batch=2),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def library() -> Iterator[Any]:
-    try:
-        yield open_library(build())
-    except PluginError as why:
-        pytest.skip(str(why))
 
 
 @pytest.mark.parametrize("conv", [*OTHERS, *NETWORKS], ids=str)
