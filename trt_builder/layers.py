@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import CONV, GEGLU, GROUP_NORM, LAYER_NORM, conv_blocks
+from plugins.load import ADD, CONV, GEGLU, GROUP_NORM, LAYER_NORM, conv_blocks
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -220,6 +220,16 @@ def conv(
     before, after = padding or (kernel[0] // 2, kernel[0] // 2)
     layer.stride_nd, layer.pre_padding, layer.post_padding = (stride, stride), (before, before), (after, after)
     return add_residual(net, net.add(layer), residual)
+
+
+def residual_conv(net: Net, last: Net, h: trt.ITensor, skip: Net, x: trt.ITensor) -> trt.ITensor:
+    """The end of a ResBlock: its last convolution of h, and its input x, by `skip` where that has a weight."""
+    if takes_own_conv(last, h, last.weight().shape):
+        return conv(last, h, residual=conv(skip, x) if skip.has("weight") else x)
+    h = conv(last, h)
+    if skip.has("weight"):
+        return add(net, conv(skip, x), h)
+    return own(net, ADD, [x, h], "add") if net.flavour.has_residual_plugins(net.options) else add(net, x, h)
 
 
 def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int = 1) -> bool:

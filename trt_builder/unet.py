@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from plugins.load import ADD
 from trt_builder.attention import attention, attention_over_itself
 from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
     Net,
-    add,
     conv,
     geglu_gate,
     group_norm,
     layer_norm,
     linear,
-    own,
     reshape,
-    takes_own_conv,
+    residual_conv,
     upsample_nearest,
 )
 
@@ -34,13 +31,7 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     h = group_norm(net.at("in_layers.0"), x, with_silu=True)
     h = conv(net.at("in_layers.2"), h)
     h = group_norm(net.at("out_layers.0"), h, with_silu=True, row=row)
-    skip, last = net.at("skip_connection"), net.at("out_layers.3")
-    if takes_own_conv(last, h, last.weight().shape):
-        return conv(last, h, residual=conv(skip, x) if skip.has("weight") else x)
-    h = conv(last, h)
-    if skip.has("weight"):
-        return add(net, conv(skip, x), h)
-    return own(net, ADD, [x, h], "add") if net.flavour.has_residual_plugins(net.options) else add(net, x, h)
+    return residual_conv(net, net.at("out_layers.3"), h, net.at("skip_connection"), x)
 
 
 def geglu(net: Net, x: trt.ITensor) -> trt.ITensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trt_builder.attention import attention
 from trt_builder.config import VAEConfig
-from trt_builder.layers import Net, add, conv, group_norm, reshape, upsample_nearest
+from trt_builder.layers import Net, conv, group_norm, reshape, residual_conv, upsample_nearest
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -19,9 +19,8 @@ def norm(net: Net, x: trt.ITensor, with_silu: bool = False) -> trt.ITensor:
 def resnet_block(net: Net, x: trt.ITensor) -> trt.ITensor:
     """Two GroupNorm-SiLU-convolutions and a shortcut: (B, C, h, w) → (B, D, h, w)."""
     h = conv(net.at("conv1"), norm(net.at("norm1"), x, with_silu=True))
-    h = conv(net.at("conv2"), norm(net.at("norm2"), h, with_silu=True))
-    shortcut = net.at("nin_shortcut")
-    return add(net, conv(shortcut, x) if shortcut.has("weight") else x, h)
+    h = norm(net.at("norm2"), h, with_silu=True)
+    return residual_conv(net, net.at("conv2"), h, net.at("nin_shortcut"), x)
 
 
 def attn_block(net: Net, x: trt.ITensor) -> trt.ITensor:
@@ -34,7 +33,7 @@ def attn_block(net: Net, x: trt.ITensor) -> trt.ITensor:
     )
     y = attention(net, q, k, v, heads=1)  # (B, h·w, C)
     y = reshape(net, y, (batch, h, w, channels), after=(0, 3, 1, 2), what="to_map")
-    return add(net, x, conv(net.at("proj_out"), y))
+    return conv(net.at("proj_out"), y, residual=x)
 
 
 def downsample(net: Net, x: trt.ITensor) -> trt.ITensor:
