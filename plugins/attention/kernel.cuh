@@ -255,7 +255,6 @@ __global__ void __launch_bounds__(most_threads(D, kKeys)) attention(const CannyA
     using Block = AttentionBlock<D, kKeys, kRows>;
     Block block(p);
     int32_t tiles = (p.keys + kKeys - 1) / kKeys, turn = 0;
-    let_next_begin();
     wait_for_previous();
     if (block.group < tiles) block.begin(block.group, 0);
     typename Block::Queries queries;

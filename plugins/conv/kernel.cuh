@@ -275,11 +275,11 @@ __global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, 
     if (helper < 0) block.clear_zeros(), row = block.row();
     __syncwarp();
     __syncthreads();  // barriers and zeros are there
-    let_next_begin();
     wait_for_previous();
     if (helper < 0) {
         float sums[Block::kSums] = {};
         block.multiply(sums, row);
+        let_next_begin();  // not before: its blocks would take places from those of another stream
         group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
         block.lay_out(sums);
     } else if (helper < Block::kLoaders) {

@@ -1,6 +1,7 @@
 // How a convolution is cut into blocks, by its shape alone.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 
@@ -29,7 +30,8 @@ struct ConvParams {
 
 struct ConvPlan {
     ConvParams params;
-    int32_t groups = 0, wide = 0, tiles = 0, bytes = 0, predicted = 0;  // groups: 64s of rows of a tile; predicted: ns
+    int32_t groups = 0, wide = 0, tiles = 0, bytes = 0;  // groups: 64s of rows of a tile
+    int32_t predicted = 0, cost = 0;                        // in ns; what cuts are chosen by
 };
 
 // Threads that copy x, and all, with a warp that copies weights. Two groups have one warp of them, so that registers are
@@ -99,6 +101,11 @@ inline bool conv_places(ConvPlan& plan) {
     return false;
 }
 
+// Blocks of a cut that a processor has place for.
+inline int32_t conv_beside(const ConvPlan& plan) {
+    return plan.bytes <= kConvHalfBytes ? conv_together(plan.groups, plan.wide) : 1;
+}
+
 // What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured of 2,017 cuts, of which it chooses
 // one that is 0.3% slower than the best, on average.
 inline int32_t conv_predicted(const ConvPlan& plan) {
@@ -106,7 +113,7 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     constexpr double kClock = 1.755, kWeightsRate = 4200.;  // per ns: clocks, bytes from memory
     constexpr int32_t kParts = 8, kProcessors = 16, kLost = 3;  // a cluster lies in one of 8 parts; some are split up
     constexpr int32_t kMany = 120, kSome = 70;                  // blocks
-    int32_t together = plan.bytes <= kConvHalfBytes ? conv_together(plan.groups, plan.wide) : 1;
+    int32_t together = conv_beside(plan);
     int32_t at_once = p.cluster > 1 ? kParts * (kProcessors * together / p.cluster) - kLost : 132 * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
     double busy = together == 1 ? 1 : blocks > kMany ? 2 : blocks > kSome ? 1.21 : 1;
@@ -119,6 +126,13 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     double sums = 11.25 * plan.groups * plan.wide * turns;
     double rest = 2857. + sums + 360. * (p.cluster - 1) + 2456. * (turns - 1) + (blocks >= kMany ? 908. : 0.);
     return int32_t((main > weights ? main : weights) + rest);
+}
+
+// The time, but less for a cut that leaves a part of the GPU to another stream: half of a step has two. The exponent is the
+// best of 0, 0.3 and 0.5 for a whole step.
+inline int32_t conv_cost(const ConvPlan& plan) {
+    double taken = double(plan.tiles) * plan.params.cluster / (132 * conv_beside(plan));
+    return int32_t(plan.predicted * std::pow(taken < 1 ? taken : 1., 0.3));
 }
 
 // The cut of a call; groups is 0 where its shape has no kernel.
@@ -155,7 +169,8 @@ inline ConvPlan conv_plan(const CannyConv& call) {
             plan.params.share = p.units / cluster;
             plan.params.rest = p.units % cluster;
             plan.predicted = conv_predicted(plan);
-            if (!best.groups || plan.predicted < best.predicted) best = plan;
+            plan.cost = conv_cost(plan);
+            if (!best.groups || plan.cost < best.cost) best = plan;
         }
     }
     return best;

@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
     Vector<T> data[V];
     Vector<T> row;
     Vector<float> scale, shift;
-    let_next_begin();
     wait_for_previous();
     int32_t count = thread.load(data, 0);
     thread.load_row(row);
@@ -220,7 +219,6 @@ __global__ void __launch_bounds__(kThreads, kSegments == 2 ? 2 : 1) statistics(c
     Thread<T, kSegments> thread(p);
     Shared shared(plan);
     Vector<T> row;
-    let_next_begin();
     wait_for_previous();
     thread.load_row(row);
     Record records[kSegments];
@@ -255,7 +253,6 @@ __global__ void __launch_bounds__(kThreads, 2) apply(const Params p) {
     Shared shared(plan);
     Vector<T> row;
     Vector<float> scale, shift;
-    let_next_begin();
     wait_for_previous();
     thread.load_row(row);
     thread.load_channels(scale, p.gamma);

@@ -27,7 +27,6 @@ __global__ void __launch_bounds__(kLinearThreads) linear(const Params p) {
         }
         return there;
     };
-    let_next_begin();
     wait_for_previous();
     Record record = {};
     for (int32_t at = threadIdx.x * kWidth; at < size; at += step) {

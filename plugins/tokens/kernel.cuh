@@ -22,7 +22,6 @@ template <int kHeld>
 __global__ void __launch_bounds__(32 * kNormWarps) layer_norm(const CannyLayerNorm p) {
     int32_t token = blockIdx.x * kNormWarps + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = p.channels / kWidth;
     if (token >= p.tokens) return;
-    let_next_begin();
     wait_for_previous();
     const __half* x = static_cast<const __half*>(p.x) + int64_t(token) * p.channels;
     Vector<__half> held[kHeld];
@@ -65,7 +64,6 @@ __global__ void __launch_bounds__(kGateThreads) geglu(const CannyGeglu p) {
     int64_t i = int64_t(blockIdx.x) * kGateThreads + threadIdx.x;
     int32_t vectors = p.channels / kWidth;
     if (i >= int64_t(p.tokens) * vectors) return;
-    let_next_begin();
     wait_for_previous();
     int64_t token = i / vectors, at = i % vectors * kWidth;
     const __half* x = static_cast<const __half*>(p.x) + token * 2 * p.channels + at;
@@ -84,7 +82,6 @@ __global__ void __launch_bounds__(kGateThreads) geglu(const CannyGeglu p) {
 __global__ void __launch_bounds__(kGateThreads) add(const CannyAdd p) {
     int64_t at = (int64_t(blockIdx.x) * kGateThreads + threadIdx.x) * kWidth;
     if (at >= p.count) return;
-    let_next_begin();
     wait_for_previous();
     Vector<__half> a, b;
     a.load(static_cast<const __half*>(p.a) + at);
@@ -99,7 +96,6 @@ __global__ void __launch_bounds__(kGateThreads) join(const CannyJoin p) {
     int64_t i = int64_t(blockIdx.x) * kGateThreads + threadIdx.x;
     int32_t both = p.first + p.second, vectors = both / kWidth;
     if (i >= int64_t(p.batch) * p.positions * vectors) return;
-    let_next_begin();
     wait_for_previous();
     int64_t position = i / vectors;
     int32_t at = int32_t(i - position * vectors) * kWidth;
