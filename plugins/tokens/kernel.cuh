@@ -126,18 +126,23 @@ bool run_layer_norm(const CannyLayerNorm& call, Launch&& launch) {
     return held <= 8 && launch(layer_norm<8>, grid, 32 * kNormWarps, call);
 }
 
+// A kernel whose threads have a vector each.
+template <typename Call, typename Launch>
+bool run_vectors(void (*kernel)(const Call), int64_t vectors, const Call& call, Launch&& launch) {
+    int64_t blocks = (vectors + kGateThreads - 1) / kGateThreads;
+    return blocks <= INT32_MAX && launch(kernel, dim3(uint32_t(blocks)), kGateThreads, call);
+}
+
 template <typename Launch>
 bool run_geglu(const CannyGeglu& call, Launch&& launch) {
     if (call.tokens < 1 || call.channels < 1 || call.channels % kWidth) return false;
-    int64_t blocks = (int64_t(call.tokens) * (call.channels / kWidth) + kGateThreads - 1) / kGateThreads;
-    return blocks <= INT32_MAX && launch(geglu, dim3(uint32_t(blocks)), kGateThreads, call);
+    return run_vectors(geglu, int64_t(call.tokens) * (call.channels / kWidth), call, launch);
 }
 
 template <typename Launch>
 bool run_add(const CannyAdd& call, Launch&& launch) {
     if (call.count < 1 || call.count % kWidth) return false;
-    int64_t blocks = (call.count / kWidth + kGateThreads - 1) / kGateThreads;
-    return blocks <= INT32_MAX && launch(add, dim3(uint32_t(blocks)), kGateThreads, call);
+    return run_vectors(add, call.count / kWidth, call, launch);
 }
 
 template <typename Launch>
@@ -145,8 +150,7 @@ bool run_join(const CannyJoin& call, Launch&& launch) {
     bool sizes = call.batch > 0 && call.positions > 0 && call.first > 0 && call.second > 0;
     if (!sizes || call.first % kWidth || call.second % kWidth) return false;
     int64_t vectors = int64_t(call.batch) * call.positions * ((call.first + call.second) / kWidth);
-    int64_t blocks = (vectors + kGateThreads - 1) / kGateThreads;
-    return blocks <= INT32_MAX && launch(join, dim3(uint32_t(blocks)), kGateThreads, call);
+    return run_vectors(join, vectors, call, launch);
 }
 
 }  // namespace canny
