@@ -20,13 +20,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.group_norm import LAUNCHES, graph_us
+from bench.group_norm import LAUNCHES, add_shape, graph_us
 from plugins.call import Attention, OnGpu, attention_on_gpu, error, open_library
 from plugins.load import library_path
 from plugins.token_calls import Geglu, Join, LayerNorm, Sum, tokens_on_gpu
 from runtime.engine import gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, Layer, ModelConfig, Shape, UNetConfig
+
+Size = tuple[int, int, int]  # batch, h, w
 
 TOLERANCE = 2e-3
 
@@ -49,25 +51,28 @@ def of_blocks(
 ) -> Iterator[Attention]:
     """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order."""
     heads = config.num_heads
-    for layer, rows, tokens in placed(blocks, shape, scale, batch):
+    for layer, (rows, h, w), _ in placed(blocks, shape, scale, batch):
         if layer.kind == "transformer":
-            width = layer.channels // heads
+            tokens, width = h * w, layer.channels // heads
             for _ in range(config.transformer_depth):
                 yield Attention(rows, heads, tokens, tokens, width, joined=True)
                 repeat, rows = shape.batch // rows, shape.batch  # cond and uncond part here
                 yield Attention(rows, heads, tokens, words, width, repeat=repeat)
 
 
-def placed(blocks: Sequence[Block], shape: Shape, scale: int, batch: int) -> Iterator[tuple[Layer, int, int]]:
-    """Each layer of such blocks with the batch and the positions of the map that it gets, in order."""
+def placed(blocks: Sequence[Block], shape: Shape, scale: int, batch: int) -> Iterator[tuple[Layer, Size, Size]]:
+    """Each layer of such blocks with the size of the map that it gets, and of the one that it makes, in order."""
+    made = batch, -(-shape.h // scale), -(-shape.w // scale)
     for layer in (layer for block in blocks for layer in block):
-        yield layer, batch, -(-shape.h // scale) * -(-shape.w // scale)
+        given = made
         if layer.kind == "transformer":
             batch = shape.batch
         elif layer.kind == "down":
             scale *= 2
         elif layer.kind == "up":
             scale //= 2
+        made = batch, -(-shape.h // scale), -(-shape.w // scale)
+        yield layer, given, made
 
 
 def between(counts: Counter[Attention]) -> Counter[LayerNorm | Geglu]:
@@ -89,15 +94,15 @@ def residuals(config: ModelConfig, shape: Shape) -> Counter[Sum | Join]:
     """
     found: Counter[Sum | Join] = Counter()
     for unet in (config.control, config.unet):
-        for layer, batch, positions in placed(unet.encoder_blocks, shape, 1, shape.samples):
+        for layer, (batch, h, w), _ in placed(unet.encoder_blocks, shape, 1, shape.samples):
             if layer.kind == "res" and layer.channels == layer.out_channels:
-                found[Sum(batch * positions, layer.channels)] += 1
+                found[Sum(batch * h * w, layer.channels)] += 1
     skips, blocks = config.unet.channels, config.unet.output_blocks
     ours = {block[0].prefix: skip for block, skip in zip(blocks, reversed(skips), strict=True)}
-    for layer, batch, positions in placed(blocks, shape, max(config.unet.scales), shape.batch):
+    for layer, (batch, h, w), _ in placed(blocks, shape, max(config.unet.scales), shape.batch):
         if layer.prefix in ours:
             skip = ours[layer.prefix]
-            found[Join(batch, positions, layer.channels - skip, skip)] += 1
+            found[Join(batch, h * w, layer.channels - skip, skip)] += 1
     return found
 
 
@@ -146,10 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bench.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = make.add_argument
-    add("--model", default="sd15", help="(%(default)s)")
-    add("--height", type=int, default=256, help="(%(default)s)")
-    add("--width", type=int, default=384, help="(%(default)s)")
-    add("--samples", type=int, default=1, help="(%(default)s)")
+    add_shape(make)
     add("--replays", type=int, default=50, help="(%(default)s)")
     add("--check", action="store_true", help="no times: each shape once, against float64")
     add("--library", type=Path, help="a compiled library (that of the TensorRT in this interpreter)")

@@ -5,7 +5,7 @@ to find the library, which --library names as well. Timed as a CUDA graph of cal
 make them come from memory, as in a step, each waiting for the one before it.
 
   python -m bench.conv --check      each shape once against float64, in every cut; for compute-sanitizer, too
-  python -m bench.conv --sweep      every cut of each shape: blocks of a cluster, filters of a tile
+  python -m bench.conv --sweep      every likely cut of each shape: blocks of a cluster, rows and filters of a tile
   python -m bench.conv --builtin    and TensorRT's own: an engine of several, without the residual (a build of each)
   python -m bench.conv --plan       no GPU: how each shape is cut, and what it is predicted to take
 """
@@ -26,12 +26,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.attention import usual_library
-from bench.group_norm import graph_us
+from bench.attention import placed, usual_library
+from bench.group_norm import add_shape, graph_us, plan_of, plan_us
 from plugins.call import OnGpu, error, open_library
 from plugins.conv_calls import Conv, conv_on_gpu
 from plugins.load import CONV_ROWS
-from runtime.engine import Engine, check, cuda_runtime, gpu
+from runtime.engine import check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
@@ -42,7 +42,7 @@ from trt_builder.weights import Weights
 CACHED = 200 << 20  # bytes of weights that a cache cannot hold: four times an H200's 50 MB
 LAUNCHES, DEPTH = 20, 8  # convolutions in a row, at least: in a graph, in an engine
 TOLERANCE = 2e-3
-LIKELY = 4.0
+LIKELY = 4.0  # times the best prediction: a cut that may be the best after all
 
 
 # -- which there are --------------------------------------------------------------------------------------------------
@@ -63,26 +63,22 @@ def of_blocks(
     """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order, as trt_builder/unet.py
     has them; with the one of each of ControlNet's `outputs`.
     """
-    for block in blocks:
-        for layer in block:
-            c, d = layer.channels, layer.out_channels
-            scale = scale // 2 if layer.kind == "up" else scale
-            h, w = -(-shape.h // scale), -(-shape.w // scale)
-            if layer.kind == "res":
-                yield Conv(batch, c, h, w, d)
-                if c != d:
-                    yield Conv(batch, c, h, w, d, 1)
-                yield Conv(batch, d, h, w, d, residual_batch=batch)
-            elif layer.kind == "transformer":
-                yield from of_transformer(Conv(batch, c, h, w, c, 1), shape.batch, config.transformer_depth)
-                batch = shape.batch
-            elif layer.kind == "down":
-                yield Conv(batch, c, h, w, d, stride=2)
-                scale *= 2
-            else:
-                yield Conv(batch, c, h, w, d)
-        if outputs:
-            yield Conv(batch, d, -(-shape.h // scale), -(-shape.w // scale), d, 1)
+    ends = {block[-1].prefix for block in blocks}
+    for layer, given, made in placed(blocks, shape, scale, batch):
+        (rows, h, w), c, d = given, layer.channels, layer.out_channels
+        if layer.kind == "res":
+            yield Conv(rows, c, h, w, d)
+            if c != d:
+                yield Conv(rows, c, h, w, d, 1)
+            yield Conv(rows, d, h, w, d, residual_batch=rows)
+        elif layer.kind == "transformer":
+            yield from of_transformer(Conv(rows, c, h, w, c, 1), shape.batch, config.transformer_depth)
+        elif layer.kind == "down":
+            yield Conv(rows, c, h, w, d, stride=2)
+        else:
+            yield Conv(rows, c, *made[1:], d)
+        if outputs and layer.prefix in ends:
+            yield Conv(made[0], d, *made[1:], d, 1)
 
 
 def of_transformer(plain: Conv, batch: int, depth: int) -> Iterator[Conv]:
@@ -163,25 +159,18 @@ def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replay
     if one.channels != one.filters or one.stride != 1:
         return None
     depth = max(DEPTH, min(40, -(-CACHED // one.weights)))
-    options = Options()
-    builder = flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR))
-    network = flavour.create_network(builder)
+    options, shape = Options(), (one.batch, one.channels, one.height, one.width)
     halves = {"weight": arrays["weight"], "bias": arrays["bias"].astype(np.float16)}
     weights = Weights.from_dict({f"{i}.{name}": array.copy() for i in range(depth) for name, array in halves.items()})
-    net = Net(network, flavour, weights, options, "bench", "", np.float16)
-    y = x = network.add_input("x", net.type(np.float16), (one.batch, one.channels, one.height, one.width))
-    for i in range(depth):
-        y = conv(net.at(str(i)), y)
-    y.name = "y"
-    network.mark_output(y)
-    flavour.set_output_type(y, net.type(np.float16))
-    x.allowed_formats = y.allowed_formats = flavour.channels_last(options.precision)
-    made = flavour.serialize(builder, network, flavour.create_config(builder, options))
-    if made is None:
-        raise EngineError(f"TensorRT did not build {one}; its message is above.")
-    with Engine(bytes(made), flavour) as engine:
-        engine.upload({"x": arrays["x"].transpose(0, 3, 1, 2)})
-        return 1000.0 * float(np.median(engine.graph_times(replays))) / depth
+
+    def define(net: Net, x: Any) -> Any:
+        for i in range(depth):
+            x = conv(net.at(str(i)), x)
+        return x
+
+    formats = flavour.channels_last(options.precision)
+    made = plan_of(flavour, options, weights, np.float16, shape, formats, define, str(one))
+    return plan_us(flavour, made, {"x": arrays["x"].transpose(0, 3, 1, 2)}, replays) / depth
 
 
 def measured(
@@ -245,15 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bench.conv", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = make.add_argument
-    add("--model", default="sd15", help="(%(default)s)")
-    add("--height", type=int, default=256, help="(%(default)s)")
-    add("--width", type=int, default=384, help="(%(default)s)")
-    add("--samples", type=int, default=1, help="(%(default)s)")
+    add_shape(make)
     add("--rows", type=int, default=CONV_ROWS, help="positions of the largest map, batch times h times w (%(default)s)")
     add("--replays", type=int, default=30, help="(%(default)s)")
     for name, what in (
         ("check", "no times: against float64"),
-        ("sweep", "every cut"),
+        ("sweep", "every likely cut"),
         ("builtin", "TensorRT's own, too"),
         ("plan", "predictions only"),
     ):

@@ -142,27 +142,49 @@ def chain(flavour: Flavour, norm: GroupNorm, way: str, depth: int, arrays: dict[
     """
     options = Options(precision="fp16" if norm.half else "fp32", group_norm=way)  # type: ignore[arg-type]
     flavour.load_plugins(options)
+    weights = Weights.from_dict({"norm.weight": arrays["gamma"], "norm.bias": arrays["beta"]})
+    formats = flavour.channels_last(options.precision) if norm.channels_last else flavour.linear()
+
+    def define(net: Net, x: Any) -> Any:
+        row = None
+        if norm.row_batch:
+            row = net.network.add_input("row", net.type(norm.dtype), (norm.row_batch, norm.channels))
+            row.allowed_formats = flavour.linear()
+        for _ in range(depth):
+            x = group_norm(net.at("norm"), x, norm.epsilon, norm.silu, norm.groups, row)
+        return x
+
+    return plan_of(flavour, options, weights, norm.dtype, norm.shape, formats, define, f"{way} {norm}")
+
+
+def plan_of(
+    flavour: Flavour, options: Options, weights: Weights, dtype: Any, shape: tuple[int, ...], formats: Any,
+    define: Callable[[Net, Any], Any], what: str,
+) -> Any:  # fmt: skip
+    """The plan of a network with input x of this shape, and as output y what `define(net, x)` makes, in these formats.
+
+    Raises EngineError where TensorRT does not build it.
+    """
     builder = flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR))
     network = flavour.create_network(builder)
-    weights = Weights.from_dict({"norm.weight": arrays["gamma"], "norm.bias": arrays["beta"]})
-    net = Net(network, flavour, weights, options, "bench", "", norm.dtype)
-    formats = flavour.channels_last(options.precision) if norm.channels_last else flavour.linear()
-    x = network.add_input("x", net.type(norm.dtype), norm.shape)
-    x.allowed_formats = formats
-    row = None
-    if norm.row_batch:
-        row = network.add_input("row", net.type(norm.dtype), (norm.row_batch, norm.channels))
-        row.allowed_formats = flavour.linear()
-    for _ in range(depth):
-        x = group_norm(net.at("norm"), x, norm.epsilon, norm.silu, norm.groups, row)
-    x.name = "y"
-    network.mark_output(x)
-    flavour.set_output_type(x, net.type(norm.dtype))
-    x.allowed_formats = formats
+    net = Net(network, flavour, weights, options, "bench", "", dtype)
+    x = network.add_input("x", net.type(dtype), shape)
+    y = define(net, x)
+    y.name = "y"
+    network.mark_output(y)
+    flavour.set_output_type(y, net.type(dtype))
+    x.allowed_formats = y.allowed_formats = formats
     made = flavour.serialize(builder, network, flavour.create_config(builder, options))
     if made is None:
-        raise EngineError(f"TensorRT did not build {way} {norm}; its message is above.")
+        raise EngineError(f"TensorRT did not build {what}; its message is above.")
     return memoryview(made)
+
+
+def plan_us(flavour: Flavour, plan: Any, arrays: dict[str, np.ndarray], replays: int) -> float:
+    """Microseconds of a plan in a CUDA graph, of those of the arrays that are its inputs."""
+    with Engine(bytes(plan), flavour) as engine:
+        engine.upload({name: arrays[name] for name in engine.inputs})
+        return 1000.0 * float(np.median(engine.graph_times(replays)))
 
 
 def engine_us(flavour: Flavour, norm: GroupNorm, way: str, replays: int) -> float | None:
@@ -173,9 +195,7 @@ def engine_us(flavour: Flavour, norm: GroupNorm, way: str, replays: int) -> floa
     except ValueError as why:
         print(f"{way} {norm}: {why}", file=sys.stderr)
         return None
-    with Engine(bytes(made), flavour) as engine:
-        engine.upload({name: arrays[name] for name in engine.inputs})
-        return 1000.0 * float(np.median(engine.graph_times(replays))) / DEPTH
+    return plan_us(flavour, made, arrays, replays) / DEPTH
 
 
 def copy_bandwidth(replays: int = 20) -> float:
@@ -192,16 +212,20 @@ def copy_bandwidth(replays: int = 20) -> float:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+def add_shape(make: argparse.ArgumentParser) -> None:
+    """The options that say of which model and pictures the shapes are."""
+    make.add_argument("--model", default="sd15", help="(%(default)s)")
+    for name, usual in (("height", 256), ("width", 384), ("samples", 1)):
+        make.add_argument(f"--{name}", type=int, default=usual, help="(%(default)s)")
+
+
 def parser() -> argparse.ArgumentParser:
     """Every option."""
     make = argparse.ArgumentParser(
         prog="bench.group_norm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = make.add_argument
-    add("--model", default="sd15", help="(%(default)s)")
-    add("--height", type=int, default=256, help="(%(default)s)")
-    add("--width", type=int, default=384, help="(%(default)s)")
-    add("--samples", type=int, default=1, help="(%(default)s)")
+    add_shape(make)
     add("--ways", default=",".join(WAYS), help="(%(default)s)")
     add("--replays", type=int, default=50, help="(%(default)s)")
     add("--check", action="store_true", help="no times: each shape once, against float64")
