@@ -83,6 +83,7 @@ def parser() -> Parser:
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
+    add("--layer-norm", choices=("apart", "folded"), default="apart", help="folded: in convolutions (%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser(
@@ -175,7 +176,7 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
     switches = Options(
         options.precision, usual(options.attention, own, "fused"), options.qkv, not options.no_shared_prefix,
         options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"),
-        usual(options.conv, own and capability == CONV_CAPABILITY, "builtin"),
+        usual(options.conv, own and capability == CONV_CAPABILITY, "builtin"), options.layer_norm,
     )  # fmt: skip
     manifest = replace(
         wanted,
