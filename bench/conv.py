@@ -7,6 +7,7 @@ make them come from memory, as in a step, each waiting for the one before it.
   python -m bench.conv --check      each shape once against float64, in every cut; for compute-sanitizer, too
   python -m bench.conv --sweep      every cut of each shape: blocks of a cluster, filters of a tile
   python -m bench.conv --builtin    and TensorRT's own: an engine of several, without the residual (a build of each)
+  python -m bench.conv --layer-norm folded --qkv apart    those of engines that were built so
   python -m bench.conv --plan       no GPU: how each shape is cut, and what it is predicted to take
 """
 

@@ -12,7 +12,7 @@ from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 from bench.conv import convolutions
 from plugins.call import error
 from plugins.conv_calls import Conv
-from trt_builder.config import ModelConfig, Shape
+from trt_builder.config import ModelConfig, Options, Shape
 
 KERNELS, SOURCE = PLUGINS / "conv", "conv_emulated.cpp"
 
@@ -55,7 +55,9 @@ def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
 @pytest.mark.slow
 def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
     """As long products as a step has, in the cut that the whole shape would have."""
-    for conv in convolutions(ModelConfig.load("sd15"), Shape(256, 384)):
+    config, shape = ModelConfig.load("sd15"), Shape(256, 384)
+    folded = Options(attention="own", qkv="apart", conv="own", layer_norm="folded")
+    for conv in convolutions(config, shape) | convolutions(config, shape, folded):
         plan = conv.plan(emulator)
         if conv.rows > 768 or plan is None:
             continue
