@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ RESIDUALS = (ADD, JOIN)  # what adds a ResBlock's input, and ControlNet's residu
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 CONV_MULTIPLE, CONV_ROWS = 64, 8000  # of the channels and filters, and most positions, that conv/kernel.cuh takes
+CONV_PLACES = 684  # positions of x that it has room for
 CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 
@@ -129,6 +130,17 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
         theirs, ours = others[0][:12], library.source[:12]
         what = f"the engines were built with other plugins (sources {theirs}…) than are here ({ours}…)"
         raise PluginError(f"{what}: run `python -m trt_builder build` again.")
+
+
+def has_conv_kernel(shape: Sequence[int], weight: Sequence[int], stride: int) -> bool:
+    """Whether conv/kernel.cuh serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size)."""
+    (batch, _, h, w), (filters, channels, size, _) = shape, weight
+    if size not in (1, 3) or stride not in (1, 2) or filters % CONV_MULTIPLE or channels % CONV_MULTIPLE:
+        return False
+    lines, columns = -(-h // stride), -(-w // stride)
+    # Its smallest tile has 64 positions in a row: from the first of x to the last, and a border of a line and one.
+    places = 1 + 63 * stride + (stride - 1) * w * -(-64 // columns) + size // 2 * 2 * (w + 1)
+    return batch * lines * columns <= CONV_ROWS and min(places, batch * h * w) <= CONV_PLACES
 
 
 def conv_blocks(weight: np.ndarray) -> np.ndarray:

@@ -44,8 +44,9 @@ def define_step(config: ModelConfig, shape: Shape, options: Options) -> None:
         weights.release()
 
 
-def has_conv(flavour: Flavour, rows: int, weight: Any, stride: int, options: Any) -> bool:
+def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Any) -> bool:
     """What `has_conv_plugin` says, for smaller maps and channels."""
+    rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
     return options.conv == "own" and rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
 
 

@@ -255,6 +255,14 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
     monkeypatch.setattr(plugin_layers, "find", lambda version: library)
     assert flavour.plugins_win("fp16", "9.0") and not flavour.plugins_win("fp32", "9.0")
     assert not flavour.plugins_win("fp16", "8.9") and "not for compute capability 8.9" in caplog.text
+
+    def chosen(capability, *asked):
+        made = cli.switches(cli.parser().parse_args(["build", *asked]), flavour, capability)
+        return made.attention, made.residual, made.group_norm, made.conv
+
+    assert chosen("9.0") == ("own",) * 4 and chosen("8.6") == ("own", "own", "own", "builtin")
+    assert chosen("9.0", "--attention", "plain", "--conv", "builtin") == ("plain", "own", "own", "builtin")
+    assert chosen("8.9") == ("fused", "fused", "auto", "builtin") and chosen("8.9", "--conv", "own")[-1] == "own"
     assert not dataclasses.replace(flavour, strongly_typed=True).plugins_win("fp16", "9.0")
 
     def missing(version):
@@ -262,8 +270,6 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
 
     monkeypatch.setattr(plugin_layers, "find", missing)
     assert not flavour.plugins_win("fp16", "9.0") and "run `python -m plugins build`" in caplog.text
-    assert [cli.usual(asked, True, "fused") for asked in ("auto", "plain", "own")] == ["own", "plain", "own"]
-    assert cli.usual("auto", False, "fused") == "fused"
 
 
 def test_a_failed_build_says_what_tensorrt_said(run, tmp_path, monkeypatch):

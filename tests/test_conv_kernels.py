@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 from bench.conv import convolutions
 from plugins.call import error
 from plugins.conv_calls import Conv
+from plugins.load import has_conv_kernel
 from trt_builder.config import ModelConfig, Options, Shape
 
 KERNELS, SOURCE = PLUGINS / "conv", "conv_emulated.cpp"
@@ -199,6 +201,20 @@ def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tu
     two_tiles = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
     found = not all(right(library, two_tiles, order) for order in (0, 1, 2))
     assert found or not is_finite_of_equal_numbers(library)
+
+
+def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None:
+    served = 0
+    for size, stride, height, width in product(
+        (1, 3), (1, 2), (1, 2, 5, 8, 16, 31, 64), (*range(1, 40, 6), *range(60, 700, 17))
+    ):
+        conv = Conv(2, 64, height, width, 64, size, stride)
+        if has_conv_kernel((2, 64, height, width), (64, 64, size, size), stride):
+            served += 1
+            assert conv.plan(emulator), conv
+    assert served > 500
+    for wide in (Conv(2, 64, 16, 192, 64, stride=2), Conv(2, 64, 8, 330, 64)):
+        assert wide.plan(emulator) is None
 
 
 @pytest.mark.parametrize(

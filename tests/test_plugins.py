@@ -267,27 +267,32 @@ def test_the_builder_gives_convolutions_to_the_plugin(
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", conv)
     options = Options("fp32", "own", qkv, conv="own", layer_norm=layer_norm)
     plugin_stand_ins.define_step(config, shape, options)
-    fits = [
-        (one, count)
-        for one, count in convolutions(config, shape, options).items()
-        if plugin_stand_ins.has_conv(flavour, one.rows, (one.filters, one.channels, one.size), one.stride, options)
-    ]
-    assert found == dict(fits) and len(found) > 10
+    fits = {}
+    for one, count in convolutions(config, shape, options).items():
+        size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size)
+        if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options):
+            fits[one] = count
+    assert found == fits and len(found) > 10
 
 
 def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     flavour, own = recording(False, "creator"), Options(conv="own")
-    assert flavour.has_conv_plugin(48, (1280, 2560, 3, 3), 1, own)
-    assert flavour.has_conv_plugin(48, (1280, 1280, 3, 3), 2, own)
-    assert flavour.has_conv_plugin(3072, (320, 960, 1, 1), 1, own)
+
+    def served(flavour: Flavour, positions: int, weight: tuple[int, ...], stride: int, options: Options) -> bool:
+        shape = (2, weight[1], positions // 24 * stride, 12 * stride)
+        return flavour.has_conv_plugin(shape, weight, stride, options)
+
+    assert served(flavour, 48, (1280, 2560, 3, 3), 1, own)
+    assert served(flavour, 48, (1280, 1280, 3, 3), 2, own)
+    assert served(flavour, 3072, (320, 960, 1, 1), 1, own)
     for rows, weight, stride in (
-        (3072, (640, 640, 3, 3), 1), (192, (3840, 1280, 1, 1), 1), (8001, (64, 64, 1, 1), 1),
+        (3072, (640, 640, 3, 3), 1), (192, (3840, 1280, 1, 1), 1), (8016, (64, 64, 1, 1), 1),
         (48, (96, 1280, 3, 3), 1), (48, (1280, 4, 3, 3), 1), (48, (64, 64, 5, 5), 1), (48, (64, 64, 3, 3), 3),
     ):  # fmt: skip
-        assert not flavour.has_conv_plugin(rows, weight, stride, own)
-    assert not flavour.has_conv_plugin(48, (1280, 1280, 3, 3), 1, Options())
+        assert not served(flavour, rows, weight, stride, own)
+    assert not served(flavour, 48, (1280, 1280, 3, 3), 1, Options())
     with pytest.raises(FlavourError, match="no plugin CannyConv: it was not loaded; use another --conv"):
-        recording(False, None).has_conv_plugin(48, (1280, 1280, 3, 3), 1, own)
+        served(recording(False, None), 48, (1280, 1280, 3, 3), 1, own)
     library = SimpleNamespace(architectures=["80"], path="lib.so", source="0")
     monkeypatch.setattr("trt_builder.plugin_layers.gpu", lambda: None)
     monkeypatch.setattr("trt_builder.plugin_layers.load", lambda trt: library)

@@ -172,29 +172,19 @@ def request(options: argparse.Namespace, wanted: Manifest) -> Request:
         raise BuildError(f"there is no stage {', '.join(unknown) or 'named'}: take some of {','.join(STAGES)}.")
     flavour = get_flavour(options.flavour)
     name, capability, targets = place(flavour, names(options.target.lower()))
-    own = flavour.plugins_win(options.precision, capability)
-    switches = Options(
-        options.precision, usual(options.attention, own, "fused"), options.qkv, not options.no_shared_prefix,
-        options.boundary, usual(options.residual, own, "fused"), usual(options.group_norm, own, "auto"),
-        usual(options.conv, own and capability == CONV_CAPABILITY, "builtin"), options.layer_norm,
-    )  # fmt: skip
+    chosen = switches(options, flavour, capability)
     manifest = replace(
         wanted,
-        flavour=flavour.name,
-        version=flavour.trt.__version__,
-        gpu=name,
-        capability=capability,
-        targets=targets,
-        options=switches.as_dict(),
-        plugins=flavour.load_plugins(switches),
-        folder=options.output / folder_name(wanted.model, shape.height, shape.width, shape.samples, switches.precision),
-    )
+        flavour=flavour.name, version=flavour.trt.__version__, gpu=name, capability=capability, targets=targets,
+        options=chosen.as_dict(), plugins=flavour.load_plugins(chosen),
+        folder=options.output / folder_name(wanted.model, shape.height, shape.width, shape.samples, chosen.precision),
+    )  # fmt: skip
 
     @cache  # it reads all of them, to see that they are finite
     def load() -> Weights:
         return weights_of(manifest, config)
 
-    return Request(manifest, config, shape, switches, flavour, stages, load)
+    return Request(manifest, config, shape, chosen, flavour, stages, load)
 
 
 def names(text: str) -> list[str]:
@@ -226,9 +216,18 @@ def facts(options: argparse.Namespace) -> Manifest:
     return Manifest(model, "", "", None, None, [], weights, digest, sizes, {"precision": "fp16"})
 
 
-def usual(asked: Any, own: bool, otherwise: Any) -> Any:
-    """What an option is that may be "auto": our plugin where it wins."""
-    return ("own" if own else otherwise) if asked == "auto" else asked
+def switches(options: argparse.Namespace, flavour: Flavour, capability: str | None) -> Options:
+    """How the networks are defined; what is "auto" is our plugin where it wins."""
+    own = flavour.plugins_win(options.precision, capability)
+
+    def usual(asked: Any, otherwise: Any, own: bool = own) -> Any:
+        return ("own" if own else otherwise) if asked == "auto" else asked
+
+    return Options(
+        options.precision, usual(options.attention, "fused"), options.qkv, not options.no_shared_prefix,
+        options.boundary, usual(options.residual, "fused"), usual(options.group_norm, "auto"),
+        usual(options.conv, "builtin", own and capability == CONV_CAPABILITY), options.layer_norm,
+    )  # fmt: skip
 
 
 def place(flavour: Flavour, targets: list[str]) -> tuple[str | None, str | None, list[str]]:

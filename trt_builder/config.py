@@ -6,10 +6,10 @@ Nothing here needs torch or TensorRT. The names of layers and blocks are those o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -376,7 +376,8 @@ class Options:
     layer_norm: Literal["apart", "folded"] = "apart"
 
     def __post_init__(self) -> None:
-        for name, allowed in _allowed():
+        for name, kind in get_type_hints(Options).items():
+            allowed = get_args(kind) or (True, False)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"the option {name} is {getattr(self, name)!r}, but must be one of {allowed}")
         if self.layer_norm == "folded" and (self.attention, self.conv) != ("own", "own"):
@@ -387,15 +388,3 @@ class Options:
     def as_dict(self) -> dict[str, str | bool]:
         """The options by name, as a manifest holds them."""
         return asdict(self)
-
-
-def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    yield "precision", ("fp16", "fp32")
-    yield "attention", ("fused", "plain", "own")
-    yield "qkv", ("joined", "apart")
-    yield "shared_prefix", (True, False)
-    yield "boundary", ("channels-last", "linear")
-    yield "residual", ("fused", "own")
-    yield "group_norm", ("auto", "own", "builtin", "native")
-    yield "conv", ("builtin", "own")
-    yield "layer_norm", ("apart", "folded")

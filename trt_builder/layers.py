@@ -235,8 +235,7 @@ def residual_conv(net: Net, last: Net, h: trt.ITensor, skip: Net, x: trt.ITensor
 
 def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int = 1) -> bool:
     """Whether a convolution of x by a weight of this shape is our plugin's."""
-    rows = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    return net.flavour.has_conv_plugin(rows, weight, stride, net.options)
+    return net.flavour.has_conv_plugin(x.shape, weight, stride, net.options)
 
 
 def own_conv(

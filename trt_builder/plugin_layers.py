@@ -13,8 +13,6 @@ from plugins.load import (
     ATTENTION_WIDTHS,
     CONV,
     CONV_CAPABILITY,
-    CONV_MULTIPLE,
-    CONV_ROWS,
     FIELDS_VERSION,
     GROUP_NORM,
     RESIDUALS,
@@ -22,6 +20,7 @@ from plugins.load import (
     VERSION,
     PluginError,
     find,
+    has_conv_kernel,
     load,
 )
 from runtime.engine import gpu
@@ -189,17 +188,16 @@ class PluginLayers:
             self._need(plugin, "residual")
         return True
 
-    def has_conv_plugin(self, rows: int, weight: Sequence[int], stride: int, options: Options) -> bool:
-        """Whether our plugin serves a convolution with a weight (D, C, size, size) to this many positions, B·h·w.
+    def has_conv_plugin(self, shape: Sequence[int], weight: Sequence[int], stride: int, options: Options) -> bool:
+        """Whether our plugin serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size), and wins.
 
         Raises FlavourError where it cannot be had.
         """
         if options.conv != "own" or options.precision != "fp16":
             return False
         self._need(CONV, "conv")
-        filters, channels, size, _ = weight
-        fits = size in (1, 3) and stride in (1, 2) and not filters % CONV_MULTIPLE and not channels % CONV_MULTIPLE
-        return fits and rows <= CONV_ROWS and conv_wins(rows, weight)
+        rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
+        return has_conv_kernel(shape, weight, stride) and conv_wins(rows, weight)
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

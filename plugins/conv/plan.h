@@ -9,15 +9,15 @@
 
 namespace canny {
 
-constexpr int kConvDeep = 64;                           // channels of a unit of work: one tap of 64 channels
-constexpr int kConvBlock = 64 * kConvDeep;              // weights of a unit and 64 filters, side by side in memory
-constexpr int kConvPitch = 72;                          // halves of a row of x in shared memory: no bank conflicts
-constexpr int kConvZeros = 8;                           // rows of zeros
+constexpr int kConvDeep = 64;              // channels of a unit of work: one tap of 64 channels
+constexpr int kConvBlock = 64 * kConvDeep;  // weights of a unit and 64 filters, side by side in memory
+constexpr int kConvPitch = 72;             // halves of a row of x in shared memory: no bank conflicts
+constexpr int kConvZeros = 8;              // rows of zeros
 constexpr int kConvWarpgroup = 128;
-constexpr int kConvMostBytes = 227 << 10;               // of shared memory that a block may have
-constexpr int kConvHalfBytes = 113 << 10;               // and with another on its processor
+constexpr int kConvMostBytes = 227 << 10;  // of shared memory that a block may have
+constexpr int kConvHalfBytes = 113 << 10;  // and with another on its processor
 constexpr int kConvMostGroups = 2, kConvMostCluster = 8;
-constexpr int kConvAlign = 1024;  // the swizzled weights begin at a multiple of it
+constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
 struct ConvParams {
     CannyConv call;
@@ -31,7 +31,7 @@ struct ConvParams {
 struct ConvPlan {
     ConvParams params;
     int32_t groups = 0, wide = 0, tiles = 0, bytes = 0;  // groups: 64s of rows of a tile
-    int32_t predicted = 0, cost = 0;                        // in ns; what cuts are chosen by
+    int32_t predicted = 0, cost = 0;                     // in ns; what cuts are chosen by
 };
 
 // Threads that copy x, and all, with a warp that copies weights. Two groups have one warp of them, so that registers are
@@ -106,7 +106,7 @@ inline int32_t conv_beside(const ConvPlan& plan) {
     return plan.bytes <= kConvHalfBytes ? conv_together(plan.groups, plan.wide) : 1;
 }
 
-// What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured of 2,017 cuts, of which it chooses
+// What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured of 1,425 cuts, of which it chooses
 // one that is 0.3% slower than the best, on average.
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
@@ -117,9 +117,9 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     int32_t at_once = p.cluster > 1 ? kParts * (kProcessors * together / p.cluster) - kLost : 132 * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
     double busy = together == 1 ? 1 : blocks > kMany ? 2 : blocks > kSome ? 1.21 : 1;
-    // A unit: what shared memory reads and writes, 128 bytes a clock, or the wait of a warpgroup for itself.
-    double bytes = plan.groups * (64. + plan.wide + 64. / p.taps) + plan.wide;
-    double unit = 1.38 * busy * bytes / kClock, alone = 103. + 151. * plan.groups;
+    // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
+    double shared = plan.groups * (64. + plan.wide + 64. / p.taps) + plan.wide;
+    double unit = 1.38 * busy * shared / kClock, alone = 103. + 151. * plan.groups;
     double main = double(turns) * ((p.units + p.cluster - 1) / p.cluster) * (unit > alone ? unit : alone);
     double readers = double(blocks) * plan.wide / 11558.;  // so many halves ahead keep the memory busy
     double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);

@@ -6,7 +6,7 @@ import pytest
 
 from bench.attention import attentions
 from plugins.call import Attention, attention_on_gpu, error
-from runtime.engine import check, cuda_runtime, gpu
+from runtime.engine import gpu
 from trt_builder.config import ModelConfig, Shape
 
 pytestmark = pytest.mark.skipif(gpu() is None, reason="cuda-python sees no NVIDIA GPU")
@@ -25,19 +25,8 @@ def test_against_float64(library: Any, attention: Attention, deviation: float) -
 
 
 @pytest.mark.parametrize("attention", [NETWORKS[0], NETWORKS[-1], OTHERS[0]], ids=str)
-def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, attention: Attention) -> None:
-    cuda = cuda_runtime()
+def test_the_same_bits_a_hundred_times_in_a_graph(
+    library: Any, attention: Attention, same_bits_in_a_graph: Any
+) -> None:
     with attention_on_gpu(library, attention, attention.arrays()) as on_gpu:
-        on_gpu.launch()
-        first = on_gpu.result()
-        stream = check(cuda.cudaStreamCreate())
-        check(cuda.cudaStreamBeginCapture(stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal))
-        on_gpu.launch(stream)
-        graph = check(cuda.cudaStreamEndCapture(stream))
-        captured = check(cuda.cudaGraphInstantiate(graph, 0))
-        for _ in range(100):
-            check(cuda.cudaGraphLaunch(captured, stream))
-            assert on_gpu.result().tobytes() == first.tobytes()
-        check(cuda.cudaGraphExecDestroy(captured))
-        check(cuda.cudaGraphDestroy(graph))
-        check(cuda.cudaStreamDestroy(stream))
+        same_bits_in_a_graph(on_gpu, 1)

@@ -38,24 +38,10 @@ def test_every_cut_against_float64(library: Any, conv: Conv) -> None:
 
 
 @pytest.mark.parametrize("conv", [NETWORKS[0], NETWORKS[-1], OTHERS[1], replace(OTHERS[1], cluster=8)], ids=str)
-def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, conv: Conv) -> None:
+def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, conv: Conv, same_bits_in_a_graph: Any) -> None:
     """Several in a row, each of which may begin before the one before it has ended."""
-    cuda = cuda_runtime()
     with conv_on_gpu(library, conv, conv.arrays()) as on_gpu:
-        on_gpu.launch()
-        first = on_gpu.result()
-        stream = check(cuda.cudaStreamCreate())
-        check(cuda.cudaStreamBeginCapture(stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal))
-        for _ in range(5):
-            on_gpu.launch(stream)
-        graph = check(cuda.cudaStreamEndCapture(stream))
-        captured = check(cuda.cudaGraphInstantiate(graph, 0))
-        for _ in range(100):
-            check(cuda.cudaGraphLaunch(captured, stream))
-            assert on_gpu.result().tobytes() == first.tobytes()
-        check(cuda.cudaGraphExecDestroy(captured))
-        check(cuda.cudaGraphDestroy(graph))
-        check(cuda.cudaStreamDestroy(stream))
+        same_bits_in_a_graph(on_gpu, 5)
 
 
 def test_a_chain_reads_what_the_one_before_it_wrote(library: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from bench.group_norm import chain, norms
 from plugins.call import GroupNorm, error, group_norm_on_gpu, plan
-from runtime.engine import Engine, check, cuda_runtime, gpu
+from runtime.engine import Engine, gpu
 from trt_builder.config import ModelConfig, Shape
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
 
@@ -68,23 +68,11 @@ def test_every_way_to_cut_a_map(library: Any, norm: GroupNorm, force: int) -> No
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("norm", FEW, ids=str)
-def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, norm: GroupNorm, overlap: bool) -> None:
-    cuda = cuda_runtime()
+def test_the_same_bits_a_hundred_times_in_a_graph(
+    library: Any, norm: GroupNorm, overlap: bool, same_bits_in_a_graph: Any
+) -> None:
     with group_norm_on_gpu(library, norm, norm.arrays(), overlap=overlap) as on_gpu:
-        on_gpu.launch()
-        first = on_gpu.result()
-        stream = check(cuda.cudaStreamCreate())
-        check(cuda.cudaStreamBeginCapture(stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal))
-        on_gpu.launch(stream)
-        graph = check(cuda.cudaStreamEndCapture(stream))
-        captured = check(cuda.cudaGraphInstantiate(graph, 0))
-        for _ in range(100):
-            check(cuda.cudaMemset(on_gpu.call.y, 255, norm.moved // 2))
-            check(cuda.cudaGraphLaunch(captured, stream))
-            assert on_gpu.result().tobytes() == first.tobytes()
-        check(cuda.cudaGraphExecDestroy(captured))
-        check(cuda.cudaGraphDestroy(graph))
-        check(cuda.cudaStreamDestroy(stream))
+        same_bits_in_a_graph(on_gpu, 1)
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0])
