@@ -258,9 +258,13 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
 
     def chosen(capability, *asked):
         made = cli.switches(cli.parser().parse_args(["build", *asked]), flavour, capability)
+        assert made.layer_norm == ("folded" if "folded" in asked else "apart")  # "auto" never folds
         return made.attention, made.residual, made.group_norm, made.conv
 
     assert chosen("9.0") == ("own",) * 4 and chosen("8.6") == ("own", "own", "own", "builtin")
+    assert chosen("9.0", "--layer-norm", "folded") == ("own",) * 4
+    with pytest.raises(ValueError, match="layer_norm is 'folded'"):
+        chosen("8.6", "--layer-norm", "folded")
     assert chosen("9.0", "--attention", "plain", "--conv", "builtin") == ("plain", "own", "own", "builtin")
     assert chosen("8.9") == ("fused", "fused", "auto", "builtin") and chosen("8.9", "--conv", "own")[-1] == "own"
     assert not dataclasses.replace(flavour, strongly_typed=True).plugins_win("fp16", "9.0")
