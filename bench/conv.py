@@ -7,6 +7,7 @@ make them come from memory, as in a step, each waiting for the one before it.
   python -m bench.conv --check      each shape once against float64, in every cut; for compute-sanitizer, too
   python -m bench.conv --sweep      every likely cut of each shape: blocks of a cluster, rows and filters of a tile
   python -m bench.conv --builtin    and TensorRT's own: an engine of several, without the residual (a build of each)
+  python -m bench.conv --layer-norm folded --qkv apart    those of engines that were built so
   python -m bench.conv --plan       no GPU: how each shape is cut, and what it is predicted to take
 """
 
@@ -48,17 +49,25 @@ LIKELY = 4.0  # times the best prediction: a cut that may be the best after all
 # -- which there are --------------------------------------------------------------------------------------------------
 
 
-def convolutions(config: ModelConfig, shape: Shape) -> Counter[Conv]:
-    """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step."""
+def convolutions(config: ModelConfig, shape: Shape, options: Options = Options()) -> Counter[Conv]:  # noqa: B008
+    """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step, by qkv and
+    layer_norm of the options.
+    """
     deepest, control = max(config.unet.scales), config.control
-    found = Counter(of_blocks(control, control.encoder_blocks, shape, 1, shape.samples, outputs=True))
-    found.update(of_blocks(config.unet, config.unet.encoder_blocks, shape, 1, shape.samples))
-    found.update(of_blocks(config.unet, config.unet.output_blocks, shape, deepest, shape.batch))
+    found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, outputs=True))
+    found.update(of_blocks(config.unet, config.unet.encoder_blocks, shape, options, 1, shape.samples))
+    found.update(of_blocks(config.unet, config.unet.output_blocks, shape, options, deepest, shape.batch))
     return found
 
 
 def of_blocks(
-    config: UNetConfig, blocks: Sequence[Block], shape: Shape, scale: int, batch: int, outputs: bool = False
+    config: UNetConfig,
+    blocks: Sequence[Block],
+    shape: Shape,
+    options: Options,
+    scale: int,
+    batch: int,
+    outputs: bool = False,
 ) -> Iterator[Conv]:
     """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order, as trt_builder/unet.py
     has them; with the one of each of ControlNet's `outputs`.
@@ -72,7 +81,7 @@ def of_blocks(
                 yield Conv(rows, c, h, w, d, 1)
             yield Conv(rows, d, h, w, d, residual_batch=rows)
         elif layer.kind == "transformer":
-            yield from of_transformer(Conv(rows, c, h, w, c, 1), shape.batch, config.transformer_depth)
+            yield from of_transformer(Conv(rows, c, h, w, c, 1), options, shape.batch, config.transformer_depth)
         elif layer.kind == "down":
             yield Conv(rows, c, h, w, d, stride=2)
         else:
@@ -81,17 +90,19 @@ def of_blocks(
             yield Conv(made[0], d, *made[1:], d, 1)
 
 
-def of_transformer(plain: Conv, batch: int, depth: int) -> Iterator[Conv]:
+def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Iterator[Conv]:
     """Those of a SpatialTransformer, of which the first is given: cond and uncond part in it."""
-    c, before = plain.channels, plain.batch
+    c, before, norm = plain.channels, plain.batch, options.layer_norm == "folded"
     yield plain
     for _ in range(depth):
-        yield replace(plain, filters=3 * c)
+        yield from (
+            [replace(plain, norm=norm)] * 3 if options.qkv == "apart" else [replace(plain, filters=3 * c, norm=norm)]
+        )
         yield replace(plain, residual_batch=plain.batch)
-        yield plain
+        yield replace(plain, norm=norm)
         was, plain = plain.batch, replace(plain, batch=batch)
         yield replace(plain, residual_batch=was)
-        yield replace(plain, filters=8 * c)
+        yield replace(plain, filters=8 * c, norm=norm)
         yield replace(plain, channels=4 * c, residual_batch=batch)
     yield replace(plain, residual_batch=before)
 
@@ -155,7 +166,7 @@ def kernel_us(on_gpu: OnGpu, one: Conv, replays: int) -> float:
 
 
 def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replays: int) -> float | None:
-    """Microseconds of TensorRT's own, without the residual; None where it cannot be put in a row."""
+    """Microseconds of TensorRT's own, without residual and LayerNorm; None where it cannot be put in a row."""
     if one.channels != one.filters or one.stride != 1:
         return None
     depth = max(DEPTH, min(40, -(-CACHED // one.weights)))
@@ -236,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = make.add_argument
     add_shape(make)
     add("--rows", type=int, default=CONV_ROWS, help="positions of the largest map, batch times h times w (%(default)s)")
+    add("--qkv", choices=("joined", "apart"), default="joined", help="(%(default)s)")
+    add("--layer-norm", choices=("apart", "folded"), default="apart", help="folded: in convolutions (%(default)s)")
     add("--replays", type=int, default=30, help="(%(default)s)")
     for name, what in (
         ("check", "no times: against float64"),
@@ -253,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
-        counts = served(convolutions(ModelConfig.load(options.model), shape), library, options.rows)
+        switches = Options(attention="own", qkv=options.qkv, conv="own", layer_norm=options.layer_norm)
+        counts = served(convolutions(ModelConfig.load(options.model), shape, switches), library, options.rows)
         if options.check:
             return checked(library, counts)
         if options.plan:
@@ -278,6 +292,7 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         "B, h, w",
         "C",
         "D",
+        "norm",
         "size/stride",
         "times",
         "cut",
@@ -294,13 +309,16 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         best = min(swept, key=lambda cut: swept[cut]) if swept else None
         view.add_row(
             f"{row['batch']}, {row['height']}, {row['width']}", str(row["channels"]), str(row["filters"]),
+            "yes" if row["norm"] else "",
             f"{row['size']}/{row['stride']}", str(row["count"]), f"{plan['high']}·{plan['wide']}x{plan['cluster']}",
             str(plan["blocks"]), f"{plan['predicted_us']:.1f}", number(row["kernel"]), number(row["builtin"]),
             f"{best} {swept[best]:.1f}" if best else "-", style="" if row["chosen"] else "dim",
         )  # fmt: skip
     sums = [sum(row["count"] * row["plan"]["predicted_us"] for row in rows)]
     sums += [sum(row["count"] * (row["kernel"] or 0) for row in rows)]
-    view.add_row("sum", "", "", "", str(sum(row["count"] for row in rows)), "", "", *(f"{one:.0f}" for one in sums), "")
+    view.add_row(
+        "sum", "", "", "", "", str(sum(row["count"] for row in rows)), "", "", *(f"{one:.0f}" for one in sums), ""
+    )
     return view
 
 

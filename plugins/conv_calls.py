@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from plugins.call import OnGpu
-from plugins.load import conv_blocks
+from plugins.load import conv_blocks, fold_norm
 from runtime.engine import check, cuda_runtime
 
 
@@ -18,9 +18,10 @@ class CannyConv(ctypes.Structure):
     """The structure of the same name in conv/call.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "weight_sums", "y")),
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
         *((name, ctypes.c_int32) for name in ("residual_batch", "cluster", "high", "wide")),
+        ("epsilon", ctypes.c_float),
     ]
 
 
@@ -45,6 +46,7 @@ class Conv:
     """One convolution of x (B, C, h, w) to D filters, all channels-last in half precision; sides are rounded up.
 
     residual_batch: 0 without a residual, else how many rows of the batch it has, taken in turn.
+    norm: whether x goes through a LayerNorm of this epsilon first, for 1×1 only.
     cluster, high, wide: how it is cut, blocks that share a tile, its rows and filters; 0 leaves it to the kernel.
     """
 
@@ -56,9 +58,11 @@ class Conv:
     size: int = 3
     stride: int = 1
     residual_batch: int = 0
+    norm: bool = False
     cluster: int = 0
     high: int = 0
     wide: int = 0
+    epsilon: float = 1e-5
 
     @property
     def out(self) -> tuple[int, int, int, int]:
@@ -80,22 +84,30 @@ class Conv:
         """Multiplications and additions."""
         return self.rows * self.weights
 
-    def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random x (B, h, w, C), weight (D, C, size, size) that keeps its deviation, bias (D), and the residual."""
+    def arrays(self, seed: int = 0, mean: float = 0.0) -> dict[str, np.ndarray]:
+        """Random x (B, h, w, C) of a mean and deviation 1, weight (D, C, size, size) that keeps its deviation, bias
+        (D), the residual, and the LayerNorm's gamma and beta (C).
+        """
         rng = np.random.default_rng(seed)
         shapes = {"x": (self.batch, self.height, self.width, self.channels)}
         shapes["weight"] = (self.filters, self.channels, self.size, self.size)
         if self.residual_batch:
             shapes["residual"] = (self.residual_batch, *self.out[1:])
         made = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        made["x"] += np.float32(mean)
         made["weight"] *= np.float32((self.size**2 * self.channels) ** -0.5)
-        bias = rng.standard_normal(self.filters, np.float32)
-        return {name: array.astype(np.float16) for name, array in made.items()} | {"bias": bias}
+        sizes = {"bias": self.filters} | (dict.fromkeys(("gamma", "beta"), self.channels) if self.norm else {})
+        exact = {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+        return {name: array.astype(np.float16) for name, array in made.items()} | exact
 
     def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """y (B, h, w, D) in float64."""
         border, (_, h, w, _) = self.size // 2, self.out
-        x = np.pad(arrays["x"].astype(np.float64), [(0, 0), (border, border), (border, border), (0, 0)])
+        x = arrays["x"].astype(np.float64)
+        if self.norm:
+            mean, variance = (f(x, axis=3, keepdims=True) for f in (np.mean, np.var))
+            x = (x - mean) / np.sqrt(variance + self.epsilon) * arrays["gamma"] + arrays["beta"]
+        x = np.pad(x, [(0, 0), (border, border), (border, border), (0, 0)])
         y = np.zeros(self.out) + arrays["bias"]
         for i, j in np.ndindex(self.size, self.size):
             part = x[:, i : i + self.height : self.stride, j : j + self.width : self.stride]
@@ -105,8 +117,12 @@ class Conv:
         return y
 
     def memory(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What lies in memory: the weights as the kernel reads them, and y."""
-        return {**arrays, "weight": conv_blocks(arrays["weight"]), "y": np.full(self.out, np.nan, np.float16)}
+        """What lies in memory: the weights as the kernel reads them, with the LayerNorm's in them, and y."""
+        made = dict(arrays)
+        if self.norm:
+            folded = fold_norm(*(made.pop(name) for name in ("weight", "bias", "gamma", "beta")))
+            made |= zip(("weight", "bias", "weight_sums"), folded, strict=True)
+        return {**made, "weight": conv_blocks(made["weight"]), "y": np.full(self.out, np.nan, np.float16)}
 
     def call(self) -> CannyConv:
         """The call, without addresses."""

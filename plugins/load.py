@@ -154,3 +154,22 @@ def conv_blocks(weight: np.ndarray) -> np.ndarray:
     row, chunk = np.ogrid[:n, : n // 8]
     swizzled = blocks[:, :, :, row, chunk ^ row % (n // 8)]
     return np.ascontiguousarray(swizzled).reshape(filters // n, -1, n, n)
+
+
+def fold_norm(
+    weight: np.ndarray, bias: np.ndarray, gamma: np.ndarray, beta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A convolution (D, C, 1, 1), (D) behind a LayerNorm's scale and bias (C), as one of x by mean and deviation alone.
+
+    Returns its weight in the type that it had, its bias and the sums of each filter's weights, which the convolution
+    plugin takes the mean away by, (D) in float32. Raises ValueError where a weight becomes too large for its type.
+    """
+    exact = weight[:, :, 0, 0].astype(np.float64)
+    with np.errstate(over="ignore"):
+        folded = (exact * gamma).astype(weight.dtype)
+    if not np.isfinite(folded).all():
+        raise ValueError(
+            f"a weight times its LayerNorm's scale is too large for {weight.dtype}: use --layer-norm apart."
+        )
+    sums = folded.astype(np.float64).sum(1).astype(np.float32)
+    return folded.reshape(weight.shape), (bias + exact @ beta).astype(np.float32), sums

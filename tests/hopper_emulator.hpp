@@ -162,6 +162,10 @@ inline float4 cluster_read_4(const float* mine, int rank) {
     return value;
 }
 
+inline float2 cluster_read_2(const float* mine, int rank) {
+    return {cluster_read(mine, rank), cluster_read(mine + 1, rank)};
+}
+
 inline void let_next_begin() {}
 
 inline void cluster_arrive_read() { cluster_arrive(); }

@@ -281,6 +281,13 @@ int main(int, char** arguments) {
     configure(*three, tensors, false, 3);
     cross(2, 2, 76);
     configure(*three, tensors, false, 3);
+    for (int i = 0; i < 4; i++) describe(i, dims({2, 640, 8, 12}), half, last8);
+    for (int32_t i = 0; i < 4; i++) MUST(build_side(*three).supportsFormatCombination(i, tensors.data(), 3, 1));
+    configure(*three, tensors, true, 3);
+    describe(2, dims({2, 640, 8, 11}), half, last8);
+    configure(*three, tensors, false, 3);
+    describe(2, dims({2, 640, 8, 12}), half, linear);
+    MUST(!build_side(*three).supportsFormatCombination(2, tensors.data(), 3, 1));
     end(one);
     end(three);
     wrong.heads = 0;
@@ -331,13 +338,15 @@ int main(int, char** arguments) {
     configure(*plus, tensors, false, 2);
     end(plus);
     auto& convolution = *static_cast<Creator*>(entry(count)[5]);
-    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 4);
-    int32_t size = 3, stride = 2, residual = 1;
+    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 6);
+    int32_t size = 3, stride = 2, residual = 1, normed = 0;
     fields.fields = {
         given.fields[0],
         {"size", &size, PluginFieldType::kINT32, 1},
         {"stride", &stride, PluginFieldType::kINT32, 1},
-        {"residual", &residual, PluginFieldType::kINT32, 1}
+        {"residual", &residual, PluginFieldType::kINT32, 1},
+        {"norm", &normed, PluginFieldType::kINT32, 1},
+        {"epsilon", &fields.epsilon, PluginFieldType::kFLOAT32, 1}
     };
     Plugin* conv = create(convolution, fields);
     MUST(conv);
@@ -363,6 +372,32 @@ int main(int, char** arguments) {
     MUST(!create(convolution, fields));
     stride = 1, residual = 2;
     MUST(!create(convolution, fields));
+    residual = 1, normed = 1, fields.epsilon = 1e-5f;
+    MUST(!create(convolution, fields));  // of size 3
+    size = 1, fields.epsilon = 0.f;
+    MUST(!create(convolution, fields));
+    fields.epsilon = 1e-5f, normed = 2;
+    MUST(!create(convolution, fields));
+    normed = 1;
+    Plugin* after_norm = create(convolution, fields);
+    MUST(after_norm);
+    std::vector<Desc> kept = tensors;
+    tensors.resize(6);
+    auto sums = [&](int32_t count, DataType type) {
+        for (int i : {0, 4, 5}) describe(i, dims({2, 320, 8, 12}), half, last8);
+        describe(1, dims({5, 5, 64, 64}), half, linear);
+        describe(2, dims({320}), single, linear);
+        describe(3, dims({count}), type, linear);
+    };
+    sums(320, single);
+    for (int32_t i = 0; i < 6; i++) MUST(build_side(*after_norm).supportsFormatCombination(i, tensors.data(), 5, 1));
+    configure(*after_norm, tensors, true, 5);
+    sums(319, single);
+    configure(*after_norm, tensors, false, 5);
+    sums(320, half);
+    MUST(!build_side(*after_norm).supportsFormatCombination(3, tensors.data(), 5, 1));
+    end(after_norm);
+    tensors = kept;
     end(conv);
     auto& join = *static_cast<Creator*>(entry(count)[6]);
     MUST(!std::strcmp(join.getPluginName(), "CannyJoin"));

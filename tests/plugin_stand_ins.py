@@ -146,22 +146,44 @@ def numbers(network: Any, constant: Any) -> np.ndarray:
     raise AssertionError(f"{constant.name} is no constant")
 
 
-def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int) -> Any:
-    assert len(rest) == residual
+def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int,
+         norm: int, epsilon: float) -> Any:  # fmt: skip
+    assert len(rest) == norm + residual
     blocks, n, filters, channels = numbers(network, weight), weight.shape[2], bias.shape[0], x.shape[1]
     assert blocks.shape == (filters // n, channels // n * size * size, n, n)
     blocks = blocks.reshape(filters // n, channels // n, size, size, n, n // 8, 8)
     row, chunk = np.ogrid[:n, : n // 8]
     plain = blocks[:, :, :, :, row, chunk ^ row % (n // 8)].reshape(*blocks.shape[:5], n)
     kernel = plain.transpose(0, 4, 1, 5, 2, 3).reshape(filters, channels, size, size)
-    HELD.append((np.ascontiguousarray(kernel), numbers(network, bias)))
+    HELD.append((np.ascontiguousarray(kernel), numbers(network, bias) * (1 - norm)))
     layer = network.add_convolution_nd(x, filters, (size, size), *HELD[-1])
     layer.stride_nd, layer.padding_nd = (stride, stride), (size // 2, size // 2)
+    if norm:
+        layer = normalised(network, x, out(layer), rest[0], bias, epsilon)
     if not residual:
         return layer
-    repeated = network.add_concatenation([rest[0]] * (x.shape[0] // rest[0].shape[0]))
+    repeated = network.add_concatenation([rest[norm]] * (x.shape[0] // rest[norm].shape[0]))
     repeated.axis = 0
     return network.add_elementwise(out(layer), out(repeated), ELEMENT.SUM)
+
+
+def normalised(network: Any, x: Any, y: Any, weight_sums: Any, bias: Any, epsilon: float) -> Any:
+    """The products y of x by weights, as they are of x less its mean over its deviation, and the bias."""
+
+    def one(what: str, a: Any, b: Any) -> Any:
+        return out(network.add_elementwise(a, b, getattr(ELEMENT, what)))
+
+    def average(of: Any) -> Any:
+        return out(network.add_reduce(of, trt.ReduceOperation.AVG, 1 << 1, True))
+
+    HELD.append(np.full((1, 1, 1, 1), epsilon, np.float32))
+    sums, shift = (out(shuffled(network, each, shape=(1, -1, 1, 1))) for each in (weight_sums, bias))
+    mean = average(x)
+    variance = one("SUB", average(one("PROD", x, x)), one("PROD", mean, mean))
+    variance = one("SUM", variance, out(network.add_constant((1, 1, 1, 1), HELD[-1])))
+    centred = one("SUB", y, one("PROD", mean, sums))
+    scaled = one("DIV", centred, out(network.add_unary(variance, trt.UnaryOperation.SQRT)))
+    return network.add_elementwise(scaled, shift, ELEMENT.SUM)
 
 
 MAKE: dict[str, Any] = {

@@ -14,7 +14,8 @@ from test_conv_kernels import KERNELS, SOURCE
 
 from bench import conv as bench
 from runtime.engine import Gpu
-from trt_builder.config import ModelConfig, Shape
+from trt_builder.config import ModelConfig, Options, Shape
+from trt_builder.plugin_layers import conv_wins
 
 
 class OnCpu:
@@ -61,8 +62,8 @@ def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(bench, "open_library", lambda path: call)
     monkeypatch.setattr(bench, "LAUNCHES", 2)
     monkeypatch.setattr(bench, "CACHED", 200_000)
-    shapes = Counter({bench.Conv(1, 64, 4, 6, 128, residual_batch=1): 3, bench.Conv(2, 128, 4, 6, 64, 1): 1})
-    monkeypatch.setattr(bench, "convolutions", lambda config, shape: shapes)
+    shapes = Counter({bench.Conv(1, 64, 4, 6, 128, residual_batch=1): 3, bench.Conv(2, 128, 4, 6, 64, 1, norm=True): 1})
+    monkeypatch.setattr(bench, "convolutions", lambda config, shape, options: shapes)
     return call
 
 
@@ -90,6 +91,18 @@ def test_it_measures_and_checks(
     monkeypatch.setattr(on_cpu, "canny_conv", spoilt)
     assert bench.main([*arguments, "--check"]) == 1
     assert bench.main([*arguments, "--plan"]) == 0
+
+
+def test_the_layer_norms_of_sd15() -> None:
+    """One before each of three layers of a transformer, of which Q, K and V may be apart."""
+    config, shape = ModelConfig.load("sd15"), Shape(256, 384)
+    counts = []
+    for qkv in ("joined", "apart"):
+        options = Options(attention="own", qkv=qkv, conv="own", layer_norm="folded")
+        found = bench.convolutions(config, shape, options)
+        ours = Counter({one: n for one, n in found.items() if conv_wins(one.rows, (one.filters, one.channels, 1, 1))})
+        counts.append([sum(n for one, n in some.items() if one.norm) for some in (found, ours)])
+    assert counts == [[69, 23], [115, 92]]
 
 
 def test_the_shapes_of_sd15() -> None:

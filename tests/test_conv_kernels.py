@@ -14,7 +14,7 @@ from bench.conv import convolutions
 from plugins.call import error
 from plugins.conv_calls import Conv
 from plugins.load import has_conv_kernel
-from trt_builder.config import ModelConfig, Shape
+from trt_builder.config import ModelConfig, Options, Shape
 
 KERNELS, SOURCE = PLUGINS / "conv", "conv_emulated.cpp"
 
@@ -33,9 +33,9 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, SOURCE)
 
 
-def emulate(library: Any, conv: Conv, order: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def emulate(library: Any, conv: Conv, order: int = 0, mean: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel makes of random arrays, and what float64 does; everything else in memory stays as it was."""
-    arrays, call = conv.arrays(), conv.call()
+    arrays, call = conv.arrays(mean=mean if conv.norm else 0.0), conv.call()
     y = between_guards(call, conv.memory(arrays), lambda: library.emulate_conv(ctypes.byref(call), order))
     return y.view(np.float16).reshape(conv.out), conv.expected(arrays)
 
@@ -57,13 +57,56 @@ def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
 @pytest.mark.slow
 def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
     """As long products as a step has, in the cut that the whole shape would have."""
-    for conv in convolutions(ModelConfig.load("sd15"), Shape(256, 384)):
+    config, shape = ModelConfig.load("sd15"), Shape(256, 384)
+    folded = Options(attention="own", qkv="apart", conv="own", layer_norm="folded")
+    for conv in convolutions(config, shape) | convolutions(config, shape, folded):
         plan = conv.plan(emulator)
         if conv.rows > 768 or plan is None:
             continue
         assert plan.shared <= 227 << 10
         part = replace(conv, filters=plan.wide, wide=plan.wide, cluster=plan.cluster)
         assert error(*emulate(emulator, part)) < 1e-3, conv
+
+
+NORMS = [
+    Conv(2, 640, 4, 6, 64, 1, norm=True), Conv(2, 128, 8, 12, 192, 1, residual_batch=1, norm=True),
+    Conv(1, 64, 1, 1, 64, 1, norm=True), Conv(3, 192, 5, 7, 128, 1, residual_batch=3, norm=True),
+    Conv(2, 320, 9, 13, 128, 1, norm=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 3, 8])
+@pytest.mark.parametrize("conv", NORMS, ids=str)
+def test_a_layer_norm_before_it(emulator: Any, conv: Conv, cluster: int) -> None:
+    conv = replace(conv, cluster=min(cluster, conv.channels // 64))
+    assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
+
+
+@pytest.mark.parametrize("wide", [64, 128])
+@pytest.mark.parametrize("height", [4, 5, 8, 9])
+def test_every_kernel_with_a_layer_norm(emulator: Any, height: int, wide: int) -> None:
+    conv = Conv(2, 320, height, 12, 128, 1, residual_batch=1, norm=True, wide=wide, cluster=4)
+    assert error(*emulate(emulator, conv, order=2)) < 1e-3
+
+
+@pytest.mark.parametrize(("mean", "most"), [(0.0, 1e-3), (-3.0, 1e-3), (30.0, 1e-3), (100.0, 3e-3)])
+@pytest.mark.parametrize("cluster", [1, 8])
+def test_a_layer_norm_of_positions_with_a_large_mean(emulator: Any, cluster: int, mean: float, most: float) -> None:
+    conv = Conv(2, 1280, 8, 12, 64, 1, norm=True, cluster=cluster)
+    assert error(*emulate(emulator, conv, mean=mean)) < most
+
+
+def test_a_layer_norm_of_equal_numbers(emulator: Any) -> None:
+    assert is_finite_of_equal_numbers(emulator)
+
+
+def is_finite_of_equal_numbers(library: Any) -> bool:
+    """Whose variance, rounded, may come out below zero."""
+    conv = Conv(1, 640, 4, 6, 64, 1, norm=True)
+    arrays, call = conv.arrays(), conv.call()
+    arrays["x"][:] = np.linspace(1, 50, 24).reshape(1, 4, 6, 1)
+    y = between_guards(call, conv.memory(arrays), lambda: library.emulate_conv(ctypes.byref(call), 0))
+    return bool(np.isfinite(y.view(np.float16)).all())
 
 
 def test_expected_is_what_torch_says() -> None:
@@ -111,7 +154,7 @@ MISTAKES = [
     ("positions_ring().begin(kLoaders, ", "positions_ring().begin(kLoaders - 1, "),
     ("if (lane == 0 && unit > first)", "if (lane <= 1 && unit > first)"),
     ("b + 2 * k", "b + 4 * k"),
-    ("cluster_read_4(mine + 4 * k, other)", "cluster_read_4(mine + 4 * k, other * 0)"),
+    ("cluster_read_4(row + column + 4 * k, other)", "cluster_read_4(row + column + 4 * k, other * 0)"),
     ("rank + from + i - p.cluster;", "rank;"),
     ("int from = 0; from < kConvMostCluster", "int from = 0; from < 4"),
     ("2 | (to.x > 0)", "3"), ("to.x * stride + 1 < p.call.width", "true"), ("to.y > 0", "true"),
@@ -128,15 +171,36 @@ MISTAKES = [
 def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, ...]) -> None:
     *file, find, put = mistake
     library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, *file)
-
-    def right(conv: Conv, order: int) -> bool:
-        try:
-            return error(*emulate(library, conv, order)) < 1e-3
-        except AssertionError:
-            return False
-
     tall = Conv(2, 192, 9, 13, 64, cluster=1)
-    assert not all(right(conv, order) for conv in (ONE, tall) for order in (0, 1, 2))
+    assert not all(right(library, conv, order) for conv in (ONE, tall) for order in (0, 1, 2))
+
+
+def right(library: Any, conv: Conv, order: int) -> bool:
+    try:
+        return error(*emulate(library, conv, order)) < 1e-3
+    except AssertionError:
+        return False
+
+
+NORM_MISTAKES = [
+    ("moments.add(a[0]);", ""), ("moments.add(after);", ""), ("moments.add(after);", "moments.add(mine);"),
+    ("x[i / 2 % 2] += value", "x[i % 2] += value"),
+    ("squares[i / 2 % 2] += value * value", "squares[0] += value * value"),
+    ("mask <= 2", "mask <= 1"), ("(row + 8 * i) * kSumsPitch", "row * kSumsPitch"),
+    ("cluster_read_2(row + kWide, other)", "cluster_read_2(row + kWide, rank)"),
+    ("moments[1] += more[i].y", "moments[1] = more[i].y"),
+    ("fmaxf(square - mean * mean, 0.f)", "square"), ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
+    ("mean * piece.weight_sums.value[k]", "mean"), ("c.weight_sums + filter", "c.weight_sums"),
+    ("+ p.call.epsilon)", ")"), ("+ piece.bias.value[k];", ";"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", NORM_MISTAKES, ids=lambda mistake: mistake[-1][:40])
+def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tuple[str, str]) -> None:
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, *mistake)
+    two_tiles = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
+    found = not all(right(library, two_tiles, order) for order in (0, 1, 2))
+    assert found or not is_finite_of_equal_numbers(library)
 
 
 def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None:
@@ -161,3 +225,9 @@ def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None
 def test_shapes_that_have_no_kernel(emulator: Any, changes: dict[str, Any]) -> None:
     conv = replace(SHAPES[0], **changes)
     assert emulator.emulate_conv(ctypes.byref(conv.call()), 0) == 1 and conv.plan(emulator) is None
+
+
+def test_only_1x1_take_a_layer_norm(emulator: Any) -> None:
+    call: Any = SHAPES[0].call()
+    call.weight_sums = 16
+    assert emulator.emulate_conv(ctypes.byref(call), 0) == 1

@@ -76,6 +76,9 @@ def test_the_command_that_it_advises_builds_the_same(folder):
     )
     edit(folder, lambda c: c.update(targets=["sm86", "sm89"], weights="my weights.safetensors"))
     edit(folder, lambda c: c["options"].update(attention="plain", qkv="joined", shared_prefix=False))
+    edit(folder, lambda c: c["options"].update(layer_norm="folded"))
+    assert "--attention plain --layer-norm folded" in Manifest.load(folder).command()
+    edit(folder, lambda c: c["options"].update(layer_norm="apart"))
     edit(folder, lambda c: c["shape"].update(steps=10))
     words = Manifest.load(folder).command()
     assert "--target sm86,sm89 --weights 'my weights.safetensors'" in words and "--qkv" not in words

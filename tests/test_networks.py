@@ -22,6 +22,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not insta
 
 import plugin_stand_ins  # noqa: E402
 
+from plugins.load import fold_norm  # noqa: E402
 from trt_builder import stages  # noqa: E402
 from trt_builder.config import ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import get_flavour  # noqa: E402
@@ -223,6 +224,34 @@ def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any
     assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 4) == (conv == "own")
     assert conv == "own" or ("CannyAdd" in added) == ("decoder" not in stage)
     assert ("CannyJoin" in added) == ("decoder" in stage)
+
+
+@pytest.mark.parametrize("qkv", ["joined", "apart"])
+@pytest.mark.parametrize("shape", [SMALL, Shape(64, 128, samples=1, steps=3)], ids=["64", "128"])
+@pytest.mark.parametrize("stage", ["control", "unet_encoder", "unet_decoder"])
+def test_layer_norms_in_our_convolutions(monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape, qkv: Any) -> None:
+    """All of them where every convolution is small enough, else those of the deeper maps."""
+    added = plugin_stand_ins.use(monkeypatch)
+    check(stage, "tiny", shape, Options("fp32", attention="own", qkv=qkv, conv="own", layer_norm="folded"))
+    norms, all_of_them = added.count("CannyLayerNorm"), 3 * added.count("CannyGeglu")
+    assert norms == 0 if shape == SMALL else 0 < norms < all_of_them
+
+
+def test_attention_of_our_plugins_with_q_k_and_v_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = plugin_stand_ins.use(monkeypatch)
+    check("unet_encoder", "tiny", SMALL, Options("fp32", attention="own", qkv="apart"))
+    assert "CannyConv" not in added and added.count("CannyLayerNorm") == 3 * added.count("CannyGeglu") > 0
+
+
+def test_a_fold_needs_our_convolutions_and_numbers_that_fit() -> None:
+    with pytest.raises(ValueError, match="unless attention and conv are 'own'"):
+        Options(attention="own", layer_norm="folded")
+    weight, row = np.full((64, 64, 1, 1), 300.0, np.float16), np.full(64, 300.0, np.float32)
+    with pytest.raises(ValueError, match="too large for float16"):
+        fold_norm(weight, row, row, row)
+    folded, bias, sums = fold_norm(weight, row, row / 300, row)
+    assert folded.dtype == np.float16 and (folded == weight).all()
+    assert (sums == 300 * 64).all() and (bias == 300 + 300 * 300 * 64).all()
 
 
 def test_switches_change_the_network() -> None:

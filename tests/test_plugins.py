@@ -246,25 +246,29 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
     assert found == attentions(config, shape)
 
 
-def test_the_builder_gives_convolutions_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that bench.conv finds, each residual in the plugin."""
+@pytest.mark.parametrize(("qkv", "layer_norm"), [("joined", "apart"), ("joined", "folded"), ("apart", "folded")])
+def test_the_builder_gives_convolutions_to_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, qkv: Any, layer_norm: Any
+) -> None:
+    """Those that bench.conv finds, each residual and, if folded, each LayerNorm in the plugin."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
     import plugin_stand_ins
 
     flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
     found: Counter[Conv] = Counter()
 
-    def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int) -> Any:
-        (batch, channels, h, w), added = x.shape, rest[0].shape[0] if rest else 0
-        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added)] += 1
-        return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, residual=residual)
+    def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, **fields: Any) -> Any:
+        (batch, channels, h, w), added = x.shape, rest[-1].shape[0] if fields["residual"] else 0
+        norm = bool(fields["norm"])
+        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm)] += 1
+        return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, **fields)
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", conv)
-    options = Options("fp32", "own", conv="own")
+    options = Options("fp32", "own", qkv, conv="own", layer_norm=layer_norm)
     plugin_stand_ins.define_step(config, shape, options)
     fits = {}
-    for one, count in convolutions(config, shape).items():
+    for one, count in convolutions(config, shape, options).items():
         size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size)
         if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options):
             fits[one] = count
@@ -352,7 +356,10 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "it has 4096 channels, at most 2048", "the shape (B, C, h, w), C a multiple of 16",
         "CannyAdd: its inputs must have one shape", "CannyJoin: scales must have the shape",
         "the residual of the skip's channels", "index is -1",
-        "CannyConv: size is 5", "CannyConv: stride is 3", "CannyConv: residual is 2", "C a multiple of 64",
+        "CannyConv: size is 5", "CannyConv: stride is 3", "CannyConv: residual is 2", "CannyConv: norm is 2",
+        "norm is 1, but only convolutions of size 1", "CannyConv: epsilon is 0.0",
+        "the sums of the filters' weights must have the shape (320)", "S, 640), or be maps of 640 channels",
+        "C a multiple of 64",
         "the weight must have the shape (D / 64, 18, 64, 64)", "the residual must have the shape of the result",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence

@@ -83,6 +83,7 @@ def parser() -> Parser:
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
+    add("--layer-norm", choices=("apart", "folded"), default="apart", help="folded: in convolutions (%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser(
@@ -225,7 +226,7 @@ def switches(options: argparse.Namespace, flavour: Flavour, capability: str | No
     return Options(
         options.precision, usual(options.attention, "fused"), options.qkv, not options.no_shared_prefix,
         options.boundary, usual(options.residual, "fused"), usual(options.group_norm, "auto"),
-        usual(options.conv, "builtin", own and capability == CONV_CAPABILITY),
+        usual(options.conv, "builtin", own and capability == CONV_CAPABILITY), options.layer_norm,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plugins.load import ATTENTION
-from trt_builder.layers import Net, add, chunk, linear, match_batch, mul, own, reshape, scalar
+from trt_builder.layers import Net, add, chunk, layer_norm, linear, linear_after, match_batch, mul, own, reshape, scalar
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -22,7 +22,7 @@ def attention(
     """Multi-head attention of q (B, T, C) over k, v (k·B, S, C) → (k·B, T, C), under a causal mask or not.
 
     Heads may have any width; those of the UNet and of CLIP (40 to 160) become one kernel in half precision, the single
-    head of the autoencoder (512) does not. A map q (B, C, h, w) gives a map, by our plugin.
+    head of the autoencoder (512) does not. A map q (B, C, h, w) gives a map, by our plugin; k and v may be maps, too.
     """
     if len(q.shape) == 4:
         scale = (q.shape[1] // heads) ** -0.5
@@ -41,13 +41,16 @@ def attention(
     return reshape(net, y, (y.shape[0], tokens, channels), before=(0, 2, 1, 3), what="merge_heads")
 
 
-def attention_over_itself(net: Net, x: trt.ITensor, heads: int, parts: tuple[str, str, str]) -> trt.ITensor:
-    """Multi-head attention of x, tokens (B, T, C) or a map, over itself, Q, K and V by the linear layers named."""
-    if len(x.shape) == 4:
-        scale = (x.shape[1] // heads) ** -0.5
-        return own(net, ATTENTION, [linear(net, x, parts)], "attention", heads=heads, joined=1, scale=scale)
-    q, k, v = self_qkv(net, x, parts)
-    return attention(net, q, k, v, heads)
+def attention_over_itself(
+    net: Net, norm: Net, x: trt.ITensor, heads: int, parts: tuple[str, str, str]
+) -> trt.ITensor:  # fmt: skip
+    """Multi-head attention of x, tokens (B, T, C) or a map, over itself, Q, K, V by linear layers of its LayerNorm."""
+    if len(x.shape) != 4:
+        q, k, v = self_qkv(net, layer_norm(norm, x), parts)
+        return attention(net, q, k, v, heads)
+    joined, scale = net.options.qkv == "joined", (x.shape[1] // heads) ** -0.5
+    inputs = linear_after(norm, x, [(net, parts)] if joined else [(net.at(part), ()) for part in parts])
+    return own(net, ATTENTION, inputs, "attention", heads=heads, joined=int(joined), scale=scale)
 
 
 def plain_attention(

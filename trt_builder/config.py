@@ -6,10 +6,10 @@ Nothing here needs torch or TensorRT. The names of layers and blocks are those o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -362,6 +362,7 @@ class Options:
         the built-in plugin where it can be had, else the layer.
     conv: convolutions of small maps by TensorRT ("builtin"), or by the plugin of plugins/ ("own"; compute capability
         9.0), which takes those that it was measured to win and adds their residuals.
+    layer_norm: "apart", or "folded" into the linear layers behind it where these all are convolutions of ours.
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"
@@ -372,23 +373,18 @@ class Options:
     residual: Literal["fused", "own"] = "fused"
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
     conv: Literal["builtin", "own"] = "builtin"
+    layer_norm: Literal["apart", "folded"] = "apart"
 
     def __post_init__(self) -> None:
-        for name, allowed in _allowed():
+        for name, kind in get_type_hints(Options).items():
+            allowed = get_args(kind) or (True, False)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"the option {name} is {getattr(self, name)!r}, but must be one of {allowed}")
+        if self.layer_norm == "folded" and (self.attention, self.conv) != ("own", "own"):
+            raise ValueError(
+                "the option layer_norm is 'folded', but must be 'apart' unless attention and conv are 'own'"
+            )
 
     def as_dict(self) -> dict[str, str | bool]:
         """The options by name, as a manifest holds them."""
         return asdict(self)
-
-
-def _allowed() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    yield "precision", ("fp16", "fp32")
-    yield "attention", ("fused", "plain", "own")
-    yield "qkv", ("joined", "apart")
-    yield "shared_prefix", (True, False)
-    yield "boundary", ("channels-last", "linear")
-    yield "residual", ("fused", "own")
-    yield "group_norm", ("auto", "own", "builtin", "native")
-    yield "conv", ("builtin", "own")

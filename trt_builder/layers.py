@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import ADD, CONV, GEGLU, GROUP_NORM, LAYER_NORM, conv_blocks
+from plugins.load import ADD, CONV, GEGLU, GROUP_NORM, LAYER_NORM, conv_blocks, fold_norm
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Float = type[np.floating]
 
+LAYER_NORM_EPSILON = 1e-5
 TYPES: dict[Any, str] = {np.float16: "HALF", np.float32: "FLOAT", np.int32: "INT32", np.uint8: "UINT8"}
 
 
@@ -239,33 +240,42 @@ def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int 
 
 def own_conv(
     net: Net, x: trt.ITensor, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1,
-    residual: trt.ITensor | None = None, what: str = "",
+    residual: trt.ITensor | None = None, what: str = "", norm: Net | None = None,
 ) -> trt.ITensor:  # fmt: skip
-    """Convolution by our plugin: weight (D, C, size, size), zeros around the map, the residual added in the kernel."""
-    exact, name, blocks = net.float32(), f"{what}." if what else "", conv_blocks(weight)
+    """Convolution by our plugin: weight (D, C, size, size), zeros around the map, the residual added in the kernel.
+
+    norm: where the LayerNorm is that x goes through first, in the kernel, too.
+    """
+    exact, name, sums = net.float32(), f"{what}." if what else "", []
+    bias = np.zeros(len(weight)) if bias is None else bias
+    if norm:
+        gamma, beta = (norm.float32().weight(one) for one in ("weight", "bias"))
+        weight, bias, of_filters = fold_norm(weight, bias, gamma, beta)
+        sums = [exact.constant(of_filters, of_filters.shape, f"{name}weight_sums")]
+    blocks = conv_blocks(weight)
     w = net.constant(blocks, blocks.shape, f"{name}weight")
-    b = exact.constant(np.zeros(len(weight)) if bias is None else bias, (len(weight),), f"{name}bias")
-    inputs = [x, w, b] if residual is None else [x, w, b, residual]
-    return own(net, CONV, inputs, what, size=weight.shape[2], stride=stride, residual=int(residual is not None))
+    b = exact.constant(bias, (len(weight),), f"{name}bias")
+    fields = {"size": weight.shape[2], "stride": stride, "residual": int(residual is not None), "norm": int(bool(norm))}
+    inputs = [x, w, b, *sums] if residual is None else [x, w, b, *sums, residual]
+    return own(net, CONV, inputs, what, **fields, epsilon=LAYER_NORM_EPSILON)
 
 
 def linear(
-    net: Net, x: trt.ITensor, parts: Sequence[str] = (), residual: trt.ITensor | None = None
+    net: Net, x: trt.ITensor, parts: Sequence[str] = (), residual: trt.ITensor | None = None, norm: Net | None = None
 ) -> trt.ITensor:  # fmt: skip
     """x (…, C) → (…, D) by the weight at this place, or by the weights of several places joined along D.
 
     Of tokens a matrix product, which TensorRT fuses with the attention and the normalisation around it; of a map
-    (B, C, h, w) a 1×1 convolution. A residual is added to it (see `add_residual`).
+    (B, C, h, w) a 1×1 convolution. A residual is added to it (see `add_residual`). norm: of `own_conv`.
     """
     names = [net.at(part) for part in parts] or [net]
-    prefixes = [n.root + ".".join(n.path) for n in names]
-    weight = net.weights.cast(tuple(f"{p}.weight" for p in prefixes), net.dtype)  # (D, C)
-    bias = net.weights.cast(tuple(f"{p}.bias" for p in prefixes), net.dtype) if names[0].has("bias") else None
+    weight = joined(names, "weight")  # (D, C)
+    bias = joined(names, "bias") if names[0].has("bias") else None
     what = "+".join(parts)
     if len(x.shape) == 4:
         weight = weight[:, :, None, None]
         if takes_own_conv(net, x, weight.shape):
-            return own_conv(net, x, weight, bias, 1, residual, what)
+            return own_conv(net, x, weight, bias, 1, residual, what, norm)
         y = net.add(net.network.add_convolution_nd(x, len(weight), (1, 1), weight, bias), what)
         return add_residual(net, y, residual)
     lead = [1] * (len(x.shape) - 2)
@@ -277,13 +287,34 @@ def linear(
     return add_residual(net, y, residual)
 
 
+def joined(places: Sequence[Net], name: str) -> np.ndarray:
+    """The weights of a name at several places, joined along D."""
+    net, names = places[0], tuple(place.root + ".".join((*place.path, name)) for place in places)
+    return net.weights.cast(names, net.dtype)
+
+
+def linear_after(
+    norm: Net, x: trt.ITensor, layers: Sequence[tuple[Net, Sequence[str]]]
+) -> list[trt.ITensor]:  # fmt: skip
+    """LayerNorm, then each of these linear layers of it, given as `linear` takes them.
+
+    With the option layer_norm "folded" our convolutions do both, where all of the layers are theirs.
+    """
+    if norm.options.layer_norm == "folded" and len(x.shape) == 4:
+        weights = [joined([net.at(part) for part in parts] or [net], "weight") for net, parts in layers]
+        if all(takes_own_conv(norm, x, (*weight.shape, 1, 1)) for weight in weights):
+            return [linear(net, x, parts, norm=norm) for net, parts in layers]
+    x = layer_norm(norm, x)
+    return [linear(net, x, parts) for net, parts in layers]
+
+
 def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
     """Rows of the weight at this place: ids (B, T) → (B, T, C)."""
     weight = net.weight()
     return net.add(net.network.add_gather(net.constant(weight, weight.shape, "weight"), ids, 0))
 
 
-def layer_norm(net: Net, x: trt.ITensor, eps: float = 1e-5) -> trt.ITensor:
+def layer_norm(net: Net, x: trt.ITensor, eps: float = LAYER_NORM_EPSILON) -> trt.ITensor:
     """LayerNorm over the channels of tokens (B, T, C), or of a map (B, C, h, w), which our plugin does."""
     if len(x.shape) == 4:
         return own(net, LAYER_NORM, [x, *scale_and_bias(net, x.shape[1])], epsilon=eps)

@@ -12,8 +12,8 @@ from trt_builder.layers import (
     conv,
     geglu_gate,
     group_norm,
-    layer_norm,
     linear,
+    linear_after,
     reshape,
     residual_conv,
     upsample_nearest,
@@ -34,32 +34,30 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     return residual_conv(net, net.at("out_layers.3"), h, net.at("skip_connection"), x)
 
 
-def geglu(net: Net, x: trt.ITensor) -> trt.ITensor:
-    """Gated linear unit with GELU (Shazeer 2020): (B, T, C) → (B, T, D)."""
-    return geglu_gate(net, linear(net.at("proj"), x))
+def feed_forward(net: Net, norm: Net, x: trt.ITensor) -> trt.ITensor:
+    """x, and LayerNorm, gated linear unit with GELU to 4·C (Shazeer 2020), and back: (B, T, C) → (B, T, C)."""
+    (both,) = linear_after(norm, x, [(net.at("net.0").at("proj"), ())])
+    return linear(net.at("net.2"), geglu_gate(net.at("net.0"), both), residual=x)
 
 
-def feed_forward(net: Net, x: trt.ITensor, residual: trt.ITensor) -> trt.ITensor:
-    """GEGLU to 4·C, then back, and the residual: (B, T, C) → (B, T, C)."""
-    return linear(net.at("net.2"), geglu(net.at("net.0"), x), residual=residual)
+def self_attention(net: Net, norm: Net, x: trt.ITensor, heads: int) -> trt.ITensor:
+    """x, and LayerNorm and attention of x (B, T, C) over itself."""
+    y = attention_over_itself(net, norm, x, heads, ("to_q", "to_k", "to_v"))
+    return linear(net.at("to_out.0"), y, residual=x)
 
 
-def self_attention(net: Net, x: trt.ITensor, heads: int, residual: trt.ITensor) -> trt.ITensor:
-    """Attention of x (B, T, C) over itself, and the residual."""
-    return linear(net.at("to_out.0"), attention_over_itself(net, x, heads, ("to_q", "to_k", "to_v")), residual=residual)
-
-
-def cross_attention(net: Net, x: trt.ITensor, kv: KV, heads: int, residual: trt.ITensor) -> trt.ITensor:
-    """Attention of x (B, T, C) over the K and V (B, S, C) that the stage `clip` made of the text, and the residual."""
-    return linear(net.at("to_out.0"), attention(net, linear(net.at("to_q"), x), *kv, heads), residual=residual)
+def cross_attention(net: Net, norm: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
+    """x, and LayerNorm and attention of x (B, T, C) over the K and V (B, S, C) that `clip` made of the text."""
+    (q,) = linear_after(norm, x, [(net.at("to_q"), ())])
+    return linear(net.at("to_out.0"), attention(net, q, *kv, heads), residual=x)
 
 
 def transformer_block(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
     """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and a residual: (B, T, C)."""
-    x = self_attention(net.at("attn1"), layer_norm(net.at("norm1"), x), heads, residual=x)
+    x = self_attention(net.at("attn1"), net.at("norm1"), x, heads)
     # Before the first cross-attention cond and uncond are the same numbers, so x may still be at batch N here.
-    x = cross_attention(net.at("attn2"), layer_norm(net.at("norm2"), x), kv, heads, residual=x)
-    return feed_forward(net.at("ff"), layer_norm(net.at("norm3"), x), residual=x)
+    x = cross_attention(net.at("attn2"), net.at("norm2"), x, kv, heads)
+    return feed_forward(net.at("ff"), net.at("norm3"), x)
 
 
 def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, depth: int) -> trt.ITensor:

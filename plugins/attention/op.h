@@ -31,7 +31,7 @@ struct AttentionOp {
         return no_switch("joined", f.joined);
     }
 
-    // q (B, C, h, w), k and v (k·B, S, C), or all side by side (B, 3·C, h, w); the result is a map like q, of k·B rows.
+    // q (B, C, h, w), k and v (k·B, S, C) or as q, or all side by side (B, 3·C, h, w); the result is a map like q, of k·B rows.
     static int32_t inputs(const Fields& f) { return f.joined ? 1 : 3; }
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
@@ -43,9 +43,9 @@ struct AttentionOp {
         return y;
     }
 
-    // Maps are channels-last, which makes their positions tokens in rows; k and v are rows as they are.
+    // Maps are channels-last, which makes their positions tokens in rows; k and v are rows as they are, or maps.
     static bool supports(const Fields& f, int32_t pos, const Tensor* tensors) {
-        if (pos == 0 || pos == inputs(f)) return is_token_map(tensors[pos]);
+        if (pos == 0 || pos == inputs(f) || tensors[pos].dims.nbDims == 4) return is_token_map(tensors[pos]);
         return tensors[pos].type == nvinfer1::DataType::kHALF && tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
     }
 
@@ -61,12 +61,16 @@ struct AttentionOp {
             return "its heads are " + std::to_string(width) + " wide, but must be 40, 64, 80 or 160";
         for (int32_t i = 1; i < inputs(f); i++) {
             const nvinfer1::Dims &k = in[i].dims, &first = in[1].dims;
-            if (k.nbDims != 3 || k.d[0] % q.d[0] || k.d[0] != first.d[0] || k.d[1] != first.d[1] || k.d[2] != size)
+            int32_t channels = k.nbDims == 3 ? int32_t(k.d[2]) : k.nbDims == 4 ? int32_t(k.d[1]) : 0;
+            if (channels != size || k.d[0] % q.d[0] || k.d[0] != first.d[0] || keys(k) != keys(first))
                 return "k and v must have the shape (a multiple of " + std::to_string(q.d[0]) + ", S, " +
-                       std::to_string(size) + ")";
+                       std::to_string(size) + "), or be maps of " + std::to_string(size) + " channels";
         }
         return "";
     }
+
+    // How many rows each batch of k, tokens or a map, has.
+    static int32_t keys(const nvinfer1::Dims& k) { return int32_t(k.nbDims == 4 ? k.d[2] * k.d[3] : k.d[1]); }
 
     static size_t workspace(const Fields&, const Tensor*) { return 0; }
 
@@ -80,7 +84,7 @@ struct AttentionOp {
         call.batch = f.joined ? call.query_batch : int32_t(in[1].dims.d[0]);
         call.heads = f.heads;
         call.tokens = int32_t(q.d[2] * q.d[3]);
-        call.keys = f.joined ? call.tokens : int32_t(in[1].dims.d[1]);
+        call.keys = f.joined ? call.tokens : keys(in[1].dims);
         call.q_stride = call.kv_stride = int32_t(q.d[1]);
         call.y_stride = f.joined ? call.q_stride / 3 : call.q_stride;
         call.width = call.y_stride / f.heads;

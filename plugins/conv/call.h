@@ -4,12 +4,17 @@
 #include <cstdint>
 
 // y = x * weight + bias (+ residual), 1×1 or 3×3 with a border of zeros, channels-last in half precision.
+//
+// With weight_sums, 1×1 only, x is normalised first: each position less its mean, over its deviation (LayerNorm without
+// scale and bias, which plugins.load.fold_norm puts into weight and bias).
 struct CannyConv {
     const void* x;         // (B, height, width, channels), channels a multiple of 64
     const void* weight;    // (filters / 64, channels / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it
     const float* bias;     // (filters), a multiple of 64
     const void* residual;  // (residual_batch, height / stride, width / stride, filters), taken in turn; or null
+    const float* weight_sums;  // (filters), each the sum of a filter's weights; or null
     void* y;               // (B, height / stride, width / stride, filters), quotients rounded up
     int32_t batch, height, width, channels, filters, size, stride, residual_batch;
     int32_t cluster, high, wide;  // blocks that share a tile, rows and filters of a tile; 0: chosen from the shape
+    float epsilon;                // added to the variance, with weight_sums
 };

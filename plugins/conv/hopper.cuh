@@ -149,6 +149,15 @@ __device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
     return v;
 }
 
+// Two of them.
+__device__ __forceinline__ float2 cluster_read_2(const float* mine, int rank) {
+    float2 v;
+    uint32_t theirs;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(theirs) : "memory");
+    return v;
+}
+
 // cluster_arrive without the wait for what was written, which takes long: for those who only have read.
 __device__ __forceinline__ void cluster_arrive_read() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

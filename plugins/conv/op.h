@@ -1,6 +1,8 @@
 // The plugin CannyConv, whatever the TensorRT.
 #pragma once
 
+#include <cmath>
+
 #include "../tensorrt/plugin.h"
 #include "../tokens/map.h"
 #include "kernel.h"
@@ -9,27 +11,36 @@ namespace canny {
 
 struct ConvOp {
     struct Fields {
-        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0;
+        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0;
+        float epsilon = 0.f;
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyConv";
-    static constexpr std::array<Field, 4> fields{
+    static constexpr std::array<Field, 6> fields{
         {{"version", false, offsetof(Fields, version)},
          {"size", false, offsetof(Fields, size)},
          {"stride", false, offsetof(Fields, stride)},
-         {"residual", false, offsetof(Fields, residual)}}
+         {"residual", false, offsetof(Fields, residual)},
+         {"norm", false, offsetof(Fields, norm)},
+         {"epsilon", true, offsetof(Fields, epsilon)}}
     };
 
     static std::string fault(const Fields& f) {
         if (f.size != 1 && f.size != 3) return "size is " + std::to_string(f.size) + ", but must be 1 or 3";
         if (f.stride != 1 && f.stride != 2) return "stride is " + std::to_string(f.stride) + ", but must be 1 or 2";
-        return no_switch("residual", f.residual);
+        std::string wrong = no_switch("residual", f.residual);
+        if (wrong.empty()) wrong = no_switch("norm", f.norm);
+        if (!wrong.empty() || !f.norm) return wrong;
+        if (f.size != 1) return "norm is 1, but only convolutions of size 1 take a LayerNorm before them";
+        bool positive = f.epsilon > 0.f && std::isfinite(f.epsilon);
+        return positive ? "" : "epsilon is " + std::to_string(f.epsilon) + ", but must be positive";
     }
 
     // x (B, C, h, w), weight (D / 64, C / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it, bias (D) and
-    // perhaps a residual (1 or B, D, h / stride, w / stride).
-    static int32_t inputs(const Fields& f) { return 3 + f.residual; }
+    // perhaps, where x is normalised first, the sums of the filters' weights (D), and a residual (1 or B, D, h / stride,
+    // w / stride).
+    static int32_t inputs(const Fields& f) { return 3 + f.norm + f.residual; }
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         nvinfer1::DimsExprs y = in[0];
@@ -40,19 +51,22 @@ struct ConvOp {
     }
 
     static bool supports(const Fields& f, int32_t pos, const Tensor* tensors) {
-        if (pos == 0 || pos >= 3) return is_token_map(tensors[pos]);
+        if (pos == 0 || pos >= 3 + f.norm) return is_token_map(tensors[pos]);
         auto type = pos == 1 ? nvinfer1::DataType::kHALF : nvinfer1::DataType::kFLOAT;
         return tensors[pos].type == type && tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
     }
 
     // What is wrong with the shapes of the inputs; empty where nothing is.
     static std::string shape_fault(const Fields& f, const Tensor* in) {
-        const nvinfer1::Dims &x = in[0].dims, &weight = in[1].dims, &bias = in[2].dims, &residual = in[3].dims;
+        const nvinfer1::Dims &x = in[0].dims, &weight = in[1].dims, &bias = in[2].dims;
+        const nvinfer1::Dims &sums = in[3].dims, &residual = in[3 + f.norm].dims;
         if (x.nbDims != 4 || x.d[1] % 64) return "its first input must have the shape (B, C, h, w), C a multiple of 64";
         int32_t stages = f.size * f.size * int32_t(x.d[1]) / 64;
         bool fits = weight.nbDims == 4 && weight.d[1] == stages && weight.d[2] == 64 && weight.d[3] == 64;
         if (!fits || bias.nbDims != 1 || bias.d[0] != 64 * weight.d[0])
             return "the weight must have the shape (D / 64, " + std::to_string(stages) + ", 64, 64) and the bias (D)";
+        if (f.norm && (sums.nbDims != 1 || sums.d[0] != bias.d[0]))
+            return "the sums of the filters' weights must have the shape (" + std::to_string(bias.d[0]) + ")";
         if (!f.residual) return "";
         bool same = residual.nbDims == 4 && x.d[0] % residual.d[0] == 0 && residual.d[1] == bias.d[0];
         for (int32_t i = 2; i < 4; i++) same = same && residual.d[i] == (x.d[i] + f.stride - 1) / f.stride;
@@ -67,7 +81,10 @@ struct ConvOp {
         cudaStream_t stream
     ) {
         const nvinfer1::Dims& x = in[0].dims;
-        CannyConv call{from[0], from[1], static_cast<const float*>(from[2]), f.residual ? from[3] : nullptr, to};
+        CannyConv call{from[0], from[1], static_cast<const float*>(from[2])};
+        call.residual = f.residual ? from[3 + f.norm] : nullptr;
+        call.weight_sums = f.norm ? static_cast<const float*>(from[3]) : nullptr;
+        call.y = to;
         call.batch = int32_t(x.d[0]);
         call.height = int32_t(x.d[2]);
         call.width = int32_t(x.d[3]);
@@ -75,7 +92,8 @@ struct ConvOp {
         call.filters = int32_t(in[2].dims.d[0]);
         call.size = f.size;
         call.stride = f.stride;
-        call.residual_batch = f.residual ? int32_t(in[3].dims.d[0]) : 0;
+        call.residual_batch = f.residual ? int32_t(in[3 + f.norm].dims.d[0]) : 0;
+        call.epsilon = f.epsilon;
         return canny_conv(&call, stream);
     }
 };

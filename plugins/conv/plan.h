@@ -141,6 +141,7 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     bool sizes = call.batch > 0 && call.height > 0 && call.width > 0 && call.channels > 0 && call.filters > 0;
     if (!sizes || call.channels % kConvDeep || call.filters % 64) return none;
     if ((call.size != 1 && call.size != 3) || (call.stride != 1 && call.stride != 2)) return none;
+    if (call.weight_sums && call.size != 1) return none;
     if (call.residual && (call.residual_batch < 1 || call.residual_batch > call.batch)) return none;
     if (call.cluster < 0 || call.cluster > kConvMostCluster) return none;
     ConvParams p{call};

@@ -10,23 +10,26 @@ from plugins.call import error
 from plugins.conv_calls import Conv, conv_on_gpu
 from plugins.load import CONV_CAPABILITY
 from runtime.engine import check, cuda_runtime, gpu
-from trt_builder.config import ModelConfig, Shape
+from trt_builder.config import ModelConfig, Options, Shape
 
 HERE = gpu()
 pytestmark = pytest.mark.skipif(
     HERE is None or HERE.capability != CONV_CAPABILITY, reason="cuda-python sees no GPU of compute capability 9.0"
 )
 
-NETWORKS = sorted(convolutions(ModelConfig.load("sd15"), Shape(256, 384)), key=lambda one: one.flop)
+FOLDED = Options(attention="own", qkv="apart", conv="own", layer_norm="folded")
+SD15, SHAPE = ModelConfig.load("sd15"), Shape(256, 384)
+NETWORKS = sorted(convolutions(SD15, SHAPE) | convolutions(SD15, SHAPE, FOLDED), key=lambda one: one.flop)
 OTHERS = [
     Conv(1, 64, 1, 1, 64), Conv(3, 64, 5, 7, 128, residual_batch=1), Conv(2, 192, 9, 13, 192, stride=2),
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 640, 9, 13, 128, size=1, residual_batch=2),
+    Conv(3, 640, 5, 7, 128, 1, residual_batch=1, norm=True), Conv(1, 64, 1, 1, 64, 1, norm=True),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("conv", [*OTHERS, *NETWORKS], ids=str)
 def test_every_cut_against_float64(library: Any, conv: Conv) -> None:
-    arrays = conv.arrays()
+    arrays = conv.arrays(mean=3.0 if conv.norm else 0.0)
     expected, tried = conv.expected(arrays), [conv, *cuts(conv, library)]
     assert len(tried) > 1
     with conv_on_gpu(library, conv, arrays) as on_gpu:
