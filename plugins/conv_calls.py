@@ -18,9 +18,9 @@ class CannyConv(ctypes.Structure):
     """The structure of the same name in conv/call.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "weight_sums", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "weight_sums", "second", "y")),
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
-        *((name, ctypes.c_int32) for name in ("residual_batch", "cluster", "high", "wide")),
+        *((name, ctypes.c_int32) for name in ("residual_batch", "second_channels", "cluster", "high", "wide")),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -47,6 +47,7 @@ class Conv:
 
     residual_batch: 0 without a residual, else how many rows of the batch it has, taken in turn.
     norm: whether x goes through a LayerNorm of this epsilon first, for 1×1 only.
+    second: channels of a second map, whose products by a 1×1 weight are added, for stride 1 only; 0 without one.
     cluster, high, wide: how it is cut, blocks that share a tile, its rows and filters; 0 leaves it to the kernel.
     """
 
@@ -59,6 +60,7 @@ class Conv:
     stride: int = 1
     residual_batch: int = 0
     norm: bool = False
+    second: int = 0
     cluster: int = 0
     high: int = 0
     wide: int = 0
@@ -77,7 +79,7 @@ class Conv:
     @property
     def weights(self) -> int:
         """Bytes of the weights, the least that must be read."""
-        return 2 * self.filters * self.size**2 * self.channels
+        return 2 * self.filters * (self.size**2 * self.channels + self.second)
 
     @property
     def flop(self) -> int:
@@ -86,16 +88,20 @@ class Conv:
 
     def arrays(self, seed: int = 0, mean: float = 0.0) -> dict[str, np.ndarray]:
         """Random x (B, h, w, C) of a mean and deviation 1, weight (D, C, size, size) that keeps its deviation, bias
-        (D), the residual, and the LayerNorm's gamma and beta (C).
+        (D), the residual, the second map (B, h, w, E) and its weight (D, E, 1, 1), and the LayerNorm's gamma and
+        beta (C).
         """
         rng = np.random.default_rng(seed)
         shapes = {"x": (self.batch, self.height, self.width, self.channels)}
         shapes["weight"] = (self.filters, self.channels, self.size, self.size)
         if self.residual_batch:
             shapes["residual"] = (self.residual_batch, *self.out[1:])
+        if self.second:
+            shapes["second"], shapes["second_weight"] = (*self.out[:3], self.second), (self.filters, self.second, 1, 1)
         made = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
         made["x"] += np.float32(mean)
-        made["weight"] *= np.float32((self.size**2 * self.channels) ** -0.5)
+        for name in {"weight", "second_weight"} & made.keys():
+            made[name] *= np.float32(made[name][0].size ** -0.5)
         sizes = {"bias": self.filters} | (dict.fromkeys(("gamma", "beta"), self.channels) if self.norm else {})
         exact = {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
         return {name: array.astype(np.float16) for name, array in made.items()} | exact
@@ -112,6 +118,8 @@ class Conv:
         for i, j in np.ndindex(self.size, self.size):
             part = x[:, i : i + self.height : self.stride, j : j + self.width : self.stride]
             y += part[:, :h, :w] @ arrays["weight"][:, :, i, j].astype(np.float64).T
+        if self.second:
+            y += arrays["second"].astype(np.float64) @ arrays["second_weight"][:, :, 0, 0].astype(np.float64).T
         if self.residual_batch:
             y += np.concatenate([arrays["residual"].astype(np.float64)] * (self.batch // self.residual_batch))
         return y
@@ -122,12 +130,14 @@ class Conv:
         if self.norm:
             folded = fold_norm(*(made.pop(name) for name in ("weight", "bias", "gamma", "beta")))
             made |= zip(("weight", "bias", "weight_sums"), folded, strict=True)
-        return {**made, "weight": conv_blocks(made["weight"]), "y": np.full(self.out, np.nan, np.float16)}
+        weights = [made.pop(name) for name in ("weight", "second_weight") if name in made]
+        return {**made, "weight": conv_blocks(*weights), "y": np.full(self.out, np.nan, np.float16)}
 
     def call(self) -> CannyConv:
         """The call, without addresses."""
-        names = {field[0] for field in CannyConv._fields_}
-        return CannyConv(**{name: value for name, value in vars(self).items() if name in names})
+        names = {name for name, kind in CannyConv._fields_ if kind is not ctypes.c_void_p}
+        numbers = {name: value for name, value in vars(self).items() if name in names}
+        return CannyConv(**numbers, second_channels=self.second)
 
     def plan(self, library: Any) -> ConvPlan | None:
         """How the call is cut; None where there is no kernel for it."""

@@ -143,17 +143,21 @@ def has_conv_kernel(shape: Sequence[int], weight: Sequence[int], stride: int) ->
     return batch * lines * columns <= CONV_ROWS and min(places, batch * h * w) <= CONV_PLACES
 
 
-def conv_blocks(weight: np.ndarray) -> np.ndarray:
+def conv_blocks(*weights: np.ndarray) -> np.ndarray:
     """A weight (D, C, size, size) as the convolution plugin reads it: (D / 64, C / 64 · size·size, 64, 64).
 
+    That of a second map (D, E, 1, 1) comes behind it, for each 64 filters: E / 64 more along the second axis.
     Each block has rows of 64 channels for 64 filters; the 8 channels number c of row r are at c xor r mod 8, which is
     how products of a warpgroup find them in shared memory without bank conflicts (the 128-byte swizzle of the PTX ISA).
     """
-    n, (filters, channels, *size) = CONV_MULTIPLE, weight.shape
-    blocks = weight.reshape(filters // n, n, channels // n, n // 8, 8, size[0] * size[1]).transpose(0, 2, 5, 1, 3, 4)
+    n, made = CONV_MULTIPLE, []
     row, chunk = np.ogrid[:n, : n // 8]
-    swizzled = blocks[:, :, :, row, chunk ^ row % (n // 8)]
-    return np.ascontiguousarray(swizzled).reshape(filters // n, -1, n, n)
+    for weight in weights:
+        filters, channels, *size = weight.shape
+        blocks = weight.reshape(filters // n, n, channels // n, n // 8, 8, size[0] * size[1])
+        swizzled = blocks.transpose(0, 2, 5, 1, 3, 4)[:, :, :, row, chunk ^ row % (n // 8)]
+        made.append(swizzled.reshape(filters // n, -1, n, n))
+    return np.concatenate(made, 1)
 
 
 def fold_norm(

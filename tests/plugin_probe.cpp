@@ -338,14 +338,15 @@ int main(int, char** arguments) {
     configure(*plus, tensors, false, 2);
     end(plus);
     auto& convolution = *static_cast<Creator*>(entry(count)[5]);
-    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 6);
-    int32_t size = 3, stride = 2, residual = 1, normed = 0;
+    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 7);
+    int32_t size = 3, stride = 2, residual = 1, normed = 0, second = 0;
     fields.fields = {
         given.fields[0],
         {"size", &size, PluginFieldType::kINT32, 1},
         {"stride", &stride, PluginFieldType::kINT32, 1},
         {"residual", &residual, PluginFieldType::kINT32, 1},
         {"norm", &normed, PluginFieldType::kINT32, 1},
+        {"second", &second, PluginFieldType::kINT32, 1},
         {"epsilon", &fields.epsilon, PluginFieldType::kFLOAT32, 1}
     };
     Plugin* conv = create(convolution, fields);
@@ -366,7 +367,40 @@ int main(int, char** arguments) {
         filters(wrong[0], wrong[1], wrong[2], wrong[3]);
         configure(*conv, tensors, false, 4);
     }
-    size = 5;
+    second = 1;
+    MUST(!create(convolution, fields));  // of stride 2
+    stride = 1;
+    Plugin* of_both = create(convolution, fields);
+    MUST(of_both);
+    std::vector<Desc> kept = tensors;
+    tensors.resize(6);
+    auto maps = [&](std::initializer_list<int> beside, int32_t blocks, int32_t rows) {
+        describe(0, dims({2, 128, 9, 12}), half, last8);
+        describe(1, dims({5, blocks, 64, 64}), half, linear);
+        describe(2, dims({320}), single, linear);
+        describe(3, dims(beside), half, last8);
+        describe(4, dims({rows, 320, 9, 12}), half, last8);
+        describe(5, dims({2, 320, 9, 12}), half, last8);
+    };
+    maps({2, 192, 9, 12}, 21, 1);
+    for (int32_t i = 0; i < 6; i++) MUST(build_side(*of_both).supportsFormatCombination(i, tensors.data(), 5, 1));
+    MUST(!build_side(*of_both).supportsFormatCombination(0, tensors.data(), 4, 1));  // it has a second map
+    configure(*of_both, tensors, true, 5);
+    for (auto wrong : {std::array<int32_t, 6>{1, 192, 9, 12, 21, 1}, {2, 96, 9, 12, 19, 1}, {2, 192, 5, 6, 21, 1},
+                       {2, 192, 9, 12, 18, 1}, {2, 192, 9, 12, 21, 3}}) {
+        maps({wrong[0], wrong[1], wrong[2], wrong[3]}, wrong[4], wrong[5]);
+        configure(*of_both, tensors, false, 5);
+    }
+    maps({2, 192, 9, 12}, 21, 1);
+    describe(3, dims({2, 192, 9, 12}), half, linear);
+    MUST(!build_side(*of_both).supportsFormatCombination(3, tensors.data(), 5, 1));
+    end(of_both);
+    tensors = kept;
+    size = 1, normed = 1, fields.epsilon = 1e-5f;
+    MUST(!create(convolution, fields));
+    normed = 0, second = 2;
+    MUST(!create(convolution, fields));
+    second = 0, size = 5;
     MUST(!create(convolution, fields));
     size = 3, stride = 3;
     MUST(!create(convolution, fields));
@@ -381,7 +415,6 @@ int main(int, char** arguments) {
     normed = 1;
     Plugin* after_norm = create(convolution, fields);
     MUST(after_norm);
-    std::vector<Desc> kept = tensors;
     tensors.resize(6);
     auto sums = [&](int32_t count, DataType type) {
         for (int i : {0, 4, 5}) describe(i, dims({2, 320, 8, 12}), half, last8);

@@ -96,6 +96,37 @@ def test_a_layer_norm_of_positions_with_a_large_mean(emulator: Any, cluster: int
     assert error(*emulate(emulator, conv, mean=mean)) < most
 
 
+SECONDS = [
+    Conv(2, 128, 8, 12, 64, residual_batch=1, second=192), Conv(2, 64, 4, 6, 128, second=640),
+    Conv(1, 192, 8, 12, 192, 1, residual_batch=1, second=64), Conv(2, 640, 9, 13, 128, 1, second=320),
+    Conv(3, 64, 3, 3, 64, second=64), Conv(1, 64, 1, 1, 64, 1, second=128), Conv(2, 64, 9, 13, 64, second=64),
+    Conv(1, 128, 16, 24, 64, second=128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("conv", SECONDS, ids=str)
+def test_a_second_map(emulator: Any, conv: Conv, cluster: int) -> None:
+    conv = replace(conv, cluster=min(cluster, (conv.size**2 * conv.channels + conv.second) // 64))
+    assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
+
+
+@pytest.mark.parametrize("cluster", range(1, 9))
+def test_slices_that_begin_and_end_in_x_and_in_the_second_map(emulator: Any, cluster: int) -> None:
+    """Nine units of x and seven of the other: a block has some of both, or of one alone, taps in the middle."""
+    for size, channels in ((3, 64), (1, 576)):
+        conv = Conv(2, channels, 8, 12, 64, size, residual_batch=2, second=448, cluster=cluster, wide=64)
+        assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
+
+
+@pytest.mark.parametrize("wide", [64, 128])
+@pytest.mark.parametrize("height", [4, 5, 8, 9])
+def test_every_kernel_with_a_second_map(emulator: Any, height: int, wide: int) -> None:
+    for size in (1, 3):
+        conv = Conv(2, 128, height, 12, 128, size, residual_batch=1, second=320, wide=wide, cluster=4)
+        assert error(*emulate(emulator, conv, order=2)) < 1e-3
+
+
 def test_a_layer_norm_of_equal_numbers(emulator: Any) -> None:
     assert is_finite_of_equal_numbers(emulator)
 
@@ -112,17 +143,22 @@ def is_finite_of_equal_numbers(library: Any) -> bool:
 def test_expected_is_what_torch_says() -> None:
     import torch
 
-    for conv in SHAPES:
+    for conv in SHAPES + SECONDS:
         arrays = conv.arrays()
         x, weight, bias = (torch.from_numpy(arrays[name]).double() for name in ("x", "weight", "bias"))
         y = torch.nn.functional.conv2d(x.movedim(3, 1), weight, bias, conv.stride, conv.size // 2)
+        if conv.second:
+            second, weight = (torch.from_numpy(arrays[name]).double() for name in ("second", "second_weight"))
+            y += torch.nn.functional.conv2d(second.movedim(3, 1), weight)
         if conv.residual_batch:
             rest = torch.from_numpy(arrays["residual"]).double().movedim(3, 1)
             y += rest.repeat(conv.batch // conv.residual_batch, 1, 1, 1)
         np.testing.assert_allclose(conv.expected(arrays), y.movedim(1, 3).numpy(), atol=1e-12)
 
 
-@pytest.mark.parametrize("conv", [ONE, replace(ONE, cluster=7, size=1, channels=640)], ids=str)
+@pytest.mark.parametrize(
+    "conv", [ONE, replace(ONE, cluster=7, size=1, channels=640), replace(ONE, cluster=3, second=192)], ids=str
+)
 def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Conv) -> None:
     first, _ = emulate(emulator, conv)
     for order in (1, 2, 3):
@@ -139,7 +175,7 @@ MISTAKES = [
     ("if (p.cluster > 1) cluster_arrive_read(), cluster_wait();", ""),
     ("ring.wait_full();\n            uint64_t b", "uint64_t b"),
     ("x_ring.wait_full();\n        pick", "pick"),
-    ("if (tap == 0) x_ring.wait_full();", ""),
+    ("if (part_ends) x_ring.wait_full();", ""),
     ("            ring.wait_empty();\n            uint32_t barrier", "            uint32_t barrier"),
     ("            ring.wait_empty();\n            __half* to", "            __half* to"),
     ("(turn - 1) & 1", "turn & 1"),
@@ -203,6 +239,25 @@ def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tu
     assert found or not is_finite_of_equal_numbers(library)
 
 
+SECOND_MISTAKES = [
+    ("min(unit, p.x_units)", "unit"), ("|| unit >= p.x_units", ""), ("unit + 1 < p.x_units ? 0 : p.taps / 2", "0"),
+    ("first < p.x_units ? first - part_of(first) * p.taps : p.taps / 2", "first - part_of(first) * p.taps"),
+    ("of_x ? p.call.channels : p.call.second_channels", "p.call.channels"),
+    ("of_x ? 0 : first_row - range.first", "0"), ("min(rows, row + kHigh)", "min(rows, kHigh)"),
+    ("of_x ? p.call.x : p.call.second", "p.call.x"), ("of_x ? part : part - parts", "part"),
+    ("of_x ? part : part - parts", "of_x ? part : 0"), ("part < parts", "part <= parts"),
+    ("plan.h", "p.x_units + call.second_channels / kConvDeep", "p.x_units"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", SECOND_MISTAKES, ids=lambda mistake: mistake[-1][:40])
+def test_the_emulator_finds_mistakes_with_a_second_map(tmp_path: Path, mistake: tuple[str, ...]) -> None:
+    *file, find, put = mistake
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, *file)
+    inside_both = Conv(2, 128, 9, 13, 64, second=320, cluster=3, high=64)
+    assert not all(right(library, replace(inside_both, cluster=cluster), 0) for cluster in (1, 3, 8))
+
+
 def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None:
     served = 0
     for size, stride, height, width in product(
@@ -225,6 +280,13 @@ def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None
 def test_shapes_that_have_no_kernel(emulator: Any, changes: dict[str, Any]) -> None:
     conv = replace(SHAPES[0], **changes)
     assert emulator.emulate_conv(ctypes.byref(conv.call()), 0) == 1 and conv.plan(emulator) is None
+
+
+@pytest.mark.parametrize("changes", [{"second": 96}, {"second": -64}, {"stride": 2}, {"norm": True}], ids=str)
+def test_what_takes_no_second_map(emulator: Any, changes: dict[str, Any]) -> None:
+    call: Any = replace(Conv(2, 128, 4, 6, 64, 1, second=64), **changes).call()
+    call.weight_sums = 16 if "norm" in changes else None
+    assert emulator.emulate_conv(ctypes.byref(call), 0) == 1
 
 
 def test_only_1x1_take_a_layer_norm(emulator: Any) -> None:

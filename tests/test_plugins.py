@@ -359,8 +359,10 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "CannyConv: size is 5", "CannyConv: stride is 3", "CannyConv: residual is 2", "CannyConv: norm is 2",
         "norm is 1, but only convolutions of size 1", "CannyConv: epsilon is 0.0",
         "the sums of the filters' weights must have the shape (320)", "S, 640), or be maps of 640 channels",
-        "C a multiple of 64",
-        "the weight must have the shape (D / 64, 18, 64, 64)", "the residual must have the shape of the result",
+        "C a multiple of 64", "CannyConv: second is 2", "only convolutions of stride 1 without a LayerNorm",
+        "the second map must have the shape (B, E, h, w), E a multiple of 64",
+        "the weight must have the shape (D / 64, 18, 64, 64)", "the weight must have the shape (D / 64, 21, 64, 64)",
+        "the residual must have the shape of the result",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence
 

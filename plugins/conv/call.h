@@ -5,16 +5,21 @@
 
 // y = x * weight + bias (+ residual), 1×1 or 3×3 with a border of zeros, channels-last in half precision.
 //
+// With second_channels, stride 1 only, the products of a second map by a 1×1 weight are added, in the same sums: its
+// units come behind those of the weight, for each 64 filters.
+//
 // With weight_sums, 1×1 only, x is normalised first: each position less its mean, over its deviation (LayerNorm without
 // scale and bias, which plugins.load.fold_norm puts into weight and bias).
 struct CannyConv {
     const void* x;         // (B, height, width, channels), channels a multiple of 64
-    const void* weight;    // (filters / 64, channels / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it
+    const void* weight;    // (filters / 64, channels / 64 · size·size + second_channels / 64, 64, 64), see conv_blocks
     const float* bias;     // (filters), a multiple of 64
     const void* residual;  // (residual_batch, height / stride, width / stride, filters), taken in turn; or null
     const float* weight_sums;  // (filters), each the sum of a filter's weights; or null
+    const void* second;        // (B, height, width, second_channels); or null
     void* y;               // (B, height / stride, width / stride, filters), quotients rounded up
     int32_t batch, height, width, channels, filters, size, stride, residual_batch;
+    int32_t second_channels;      // a multiple of 64; 0 without a second map
     int32_t cluster, high, wide;  // blocks that share a tile, rows and filters of a tile; 0: chosen from the shape
     float epsilon;                // added to the variance, with weight_sums
 };

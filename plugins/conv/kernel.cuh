@@ -6,6 +6,7 @@
 // - One warp has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Three
 //   copy the positions' channels, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
+// - A second map comes behind x, 64 channels of the tile's own positions at a time, which lie where x has its middle tap.
 //
 // A LayerNorm before it is done to the sums: with mean m and deviation d of a position, u the sum of a filter's weights w,
 // it is (x·w - m·u) / d. m and d come from sums of x and x² in float. Both differences lose digits where m is many times d:
@@ -77,8 +78,11 @@ struct ConvBlock {
         range = conv_range(p, first_row, kHigh);
     }
 
-    // Which 64 channels a unit is of.
-    __device__ __forceinline__ int32_t part_of(int32_t unit) const { return p.taps == 9 ? unit / 9 : unit; }
+    // Which 64 channels a unit is of: first those of x, then those of the second map, which have a unit each.
+    __device__ __forceinline__ int32_t part_of(int32_t unit) const {
+        int32_t of_x = min(unit, p.x_units);
+        return (p.taps == 9 ? of_x / 9 : of_x) + unit - of_x;
+    }
 
     __device__ __forceinline__ ConvRing weights_ring() const { return {barriers, p.places}; }
     __device__ __forceinline__ ConvRing positions_ring() const { return {barriers + 16 * p.places, p.x_places}; }
@@ -116,15 +120,19 @@ struct ConvBlock {
     __device__ __forceinline__ void copy_positions(int32_t me) const {
         ConvRing ring = positions_ring();
         constexpr int32_t kStep = kLoaders / 8;
-        int32_t column = me % 8 * 8, rows = range.last - range.first;
-        const __half* x = static_cast<const __half*>(p.call.x) + int64_t(range.first) * p.call.channels + column;
+        int32_t column = me % 8 * 8, parts = p.call.channels / kConvDeep;  // of x
         for (int32_t part = part_of(first), end = part_of(last - 1); part <= end; part++) {
+            bool of_x = part < parts;
+            int32_t channels = of_x ? p.call.channels : p.call.second_channels;
+            int32_t row = of_x ? 0 : first_row - range.first, rows = range.last - range.first;
+            if (!of_x) rows = min(rows, row + kHigh);
+            const __half* from = static_cast<const __half*>(of_x ? p.call.x : p.call.second) +
+                                 int64_t(range.first) * channels + (of_x ? part : part - parts) * kConvDeep + column;
             ring.wait_empty();
             __half* to = positions + ring.place * p.x_rows * kConvPitch + column;
-            const __half* from = x + part * kConvDeep;
 #pragma unroll 4
-            for (int32_t row = me / 8; row < rows; row += kStep)
-                copy_16(to + row * kConvPitch, from + int64_t(row) * p.call.channels, true);
+            for (row += me / 8; row < rows; row += kStep)
+                copy_16(to + row * kConvPitch, from + int64_t(row) * channels, true);
             barrier_arrive_after_copies(ring.full + 8 * ring.place);
             ring.next();
         }
@@ -164,7 +172,7 @@ struct ConvBlock {
     __device__ __forceinline__ void multiply(float (&sums)[kSums], Moments& moments, const Row& row) const {
         int32_t lane = threadIdx.x % 32;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
-        int32_t tap = first - part_of(first) * p.taps, before = 0;
+        int32_t tap = first < p.x_units ? first - part_of(first) * p.taps : p.taps / 2, before = 0;
         uint32_t a[2][4][4];
         x_ring.wait_full();
         pick(a[0], row, x_ring.place, tap);
@@ -180,12 +188,13 @@ struct ConvBlock {
             if (lane == 0 && unit > first) barrier_arrive(ring.empty + 8 * before);
             before = ring.place;
             ring.next();
-            if (++tap == p.taps) {
+            bool part_ends = ++tap == p.taps || unit >= p.x_units;
+            if (part_ends) {
                 if (lane == 0) barrier_arrive(x_ring.empty + 8 * x_ring.place);
-                tap = 0, x_ring.next();
+                tap = unit + 1 < p.x_units ? 0 : p.taps / 2, x_ring.next();
             }
             if (unit + 1 < last) {
-                if (tap == 0) x_ring.wait_full();
+                if (part_ends) x_ring.wait_full();
                 pick(after, row, x_ring.place, tap);
                 moments.add(after);  // while the products run
             }

@@ -11,18 +11,19 @@ namespace canny {
 
 struct ConvOp {
     struct Fields {
-        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0;
+        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0, second = 0;
         float epsilon = 0.f;
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyConv";
-    static constexpr std::array<Field, 6> fields{
+    static constexpr std::array<Field, 7> fields{
         {{"version", false, offsetof(Fields, version)},
          {"size", false, offsetof(Fields, size)},
          {"stride", false, offsetof(Fields, stride)},
          {"residual", false, offsetof(Fields, residual)},
          {"norm", false, offsetof(Fields, norm)},
+         {"second", false, offsetof(Fields, second)},
          {"epsilon", true, offsetof(Fields, epsilon)}}
     };
 
@@ -31,6 +32,9 @@ struct ConvOp {
         if (f.stride != 1 && f.stride != 2) return "stride is " + std::to_string(f.stride) + ", but must be 1 or 2";
         std::string wrong = no_switch("residual", f.residual);
         if (wrong.empty()) wrong = no_switch("norm", f.norm);
+        if (wrong.empty()) wrong = no_switch("second", f.second);
+        if (wrong.empty() && f.second && (f.stride != 1 || f.norm))
+            return "second is 1, but only convolutions of stride 1 without a LayerNorm take a second map";
         if (!wrong.empty() || !f.norm) return wrong;
         if (f.size != 1) return "norm is 1, but only convolutions of size 1 take a LayerNorm before them";
         bool positive = f.epsilon > 0.f && std::isfinite(f.epsilon);
@@ -38,9 +42,9 @@ struct ConvOp {
     }
 
     // x (B, C, h, w), weight (D / 64, C / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it, bias (D) and
-    // perhaps, where x is normalised first, the sums of the filters' weights (D), and a residual (1 or B, D, h / stride,
-    // w / stride).
-    static int32_t inputs(const Fields& f) { return 3 + f.norm + f.residual; }
+    // perhaps, where x is normalised first, the sums of the filters' weights (D), a second map (B, E, h, w), which adds
+    // E / 64 to the weight's second axis, and a residual (1 or B, D, h / stride, w / stride).
+    static int32_t inputs(const Fields& f) { return 3 + f.norm + f.second + f.residual; }
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         nvinfer1::DimsExprs y = in[0];
@@ -59,17 +63,23 @@ struct ConvOp {
     // What is wrong with the shapes of the inputs; empty where nothing is.
     static std::string shape_fault(const Fields& f, const Tensor* in) {
         const nvinfer1::Dims &x = in[0].dims, &weight = in[1].dims, &bias = in[2].dims;
-        const nvinfer1::Dims &sums = in[3].dims, &residual = in[3 + f.norm].dims;
+        const nvinfer1::Dims &sums = in[3].dims, &second = in[3].dims, &residual = in[3 + f.norm + f.second].dims;
+        auto has_size_of_y = [&](const nvinfer1::Dims& map) {
+            bool same = map.nbDims == 4;
+            for (int32_t i = 2; i < 4; i++) same = same && map.d[i] == (x.d[i] + f.stride - 1) / f.stride;
+            return same;
+        };
         if (x.nbDims != 4 || x.d[1] % 64) return "its first input must have the shape (B, C, h, w), C a multiple of 64";
-        int32_t stages = f.size * f.size * int32_t(x.d[1]) / 64;
+        if (f.second && (!has_size_of_y(second) || second.d[0] != x.d[0] || second.d[1] % 64))
+            return "the second map must have the shape (B, E, h, w), E a multiple of 64";
+        int32_t stages = (f.size * f.size * int32_t(x.d[1]) + (f.second ? int32_t(second.d[1]) : 0)) / 64;
         bool fits = weight.nbDims == 4 && weight.d[1] == stages && weight.d[2] == 64 && weight.d[3] == 64;
         if (!fits || bias.nbDims != 1 || bias.d[0] != 64 * weight.d[0])
             return "the weight must have the shape (D / 64, " + std::to_string(stages) + ", 64, 64) and the bias (D)";
         if (f.norm && (sums.nbDims != 1 || sums.d[0] != bias.d[0]))
             return "the sums of the filters' weights must have the shape (" + std::to_string(bias.d[0]) + ")";
         if (!f.residual) return "";
-        bool same = residual.nbDims == 4 && x.d[0] % residual.d[0] == 0 && residual.d[1] == bias.d[0];
-        for (int32_t i = 2; i < 4; i++) same = same && residual.d[i] == (x.d[i] + f.stride - 1) / f.stride;
+        bool same = has_size_of_y(residual) && x.d[0] % residual.d[0] == 0 && residual.d[1] == bias.d[0];
         return same ? "" : "the residual must have the shape of the result, or that of a part of the batch";
     }
 
@@ -82,8 +92,9 @@ struct ConvOp {
     ) {
         const nvinfer1::Dims& x = in[0].dims;
         CannyConv call{from[0], from[1], static_cast<const float*>(from[2])};
-        call.residual = f.residual ? from[3 + f.norm] : nullptr;
+        call.residual = f.residual ? from[3 + f.norm + f.second] : nullptr;
         call.weight_sums = f.norm ? static_cast<const float*>(from[3]) : nullptr;
+        call.second = f.second ? from[3] : nullptr;
         call.y = to;
         call.batch = int32_t(x.d[0]);
         call.height = int32_t(x.d[2]);
@@ -92,7 +103,8 @@ struct ConvOp {
         call.filters = int32_t(in[2].dims.d[0]);
         call.size = f.size;
         call.stride = f.stride;
-        call.residual_batch = f.residual ? int32_t(in[3 + f.norm].dims.d[0]) : 0;
+        call.residual_batch = f.residual ? int32_t(in[3 + f.norm + f.second].dims.d[0]) : 0;
+        call.second_channels = f.second ? int32_t(in[3].dims.d[1]) : 0;
         call.epsilon = f.epsilon;
         return canny_conv(&call, stream);
     }

@@ -22,7 +22,7 @@ constexpr int kConvAlign = 1024;           // the swizzled weights begin at a mu
 struct ConvParams {
     CannyConv call;
     int32_t out_height, out_width, rows;  // rows: B·h·w of y
-    int32_t taps, units;                  // units: taps · channels / 64
+    int32_t taps, x_units, units;         // x_units: taps · channels / 64; units: with those of the second map
     int32_t cluster, share, rest;         // units of a block, of which the first `rest` have one more
     uint32_t by_width, by_height, by_residual;  // inverses of out_width, out_height, rows of the residual
     int32_t x_rows, x_places, places;  // rows of x that a tile needs, at most; places for as many, and for weights
@@ -88,7 +88,7 @@ inline bool conv_places(ConvPlan& plan) {
         if (range.last - range.first > p.x_rows) p.x_rows = range.last - range.first;
     }
     int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2;
-    p.x_places = p.taps == 1 ? 4 : 2;
+    p.x_places = p.taps == 1 ? 4 : p.call.second_channels ? 3 : 2;  // the second map has one tap
     p.places = plan.wide == 64 ? 8 : 6;
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
     int32_t sums = kConvAlign + high * (plan.wide + 8) * int32_t(sizeof(float)), x_places = p.x_places, places = p.places;
@@ -118,9 +118,14 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
     double busy = together == 1 ? 1 : blocks > kMany ? 2 : blocks > kSome ? 1.21 : 1;
     // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
-    double shared = plan.groups * (64. + plan.wide + 64. / p.taps) + plan.wide;
-    double unit = 1.38 * busy * shared / kClock, alone = 103. + 151. * plan.groups;
-    double main = double(turns) * ((p.units + p.cluster - 1) / p.cluster) * (unit > alone ? unit : alone);
+    auto unit = [&](int32_t taps) {
+        double shared = plan.groups * (64. + plan.wide + 64. / taps) + plan.wide;
+        double busy_with = 1.38 * busy * shared / kClock, alone = 103. + 151. * plan.groups;
+        return busy_with > alone ? busy_with : alone;
+    };
+    int32_t share = (p.units + p.cluster - 1) / p.cluster, single = p.units - p.x_units;  // the second map's
+    if (single > share) single = share;  // in the last block of a cluster
+    double main = turns * ((share - single) * unit(p.taps) + single * unit(1));
     double readers = double(blocks) * plan.wide / 11558.;  // so many halves ahead keep the memory busy
     double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
     double sums = 11.25 * plan.groups * plan.wide * turns;
@@ -142,6 +147,8 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     if (!sizes || call.channels % kConvDeep || call.filters % 64) return none;
     if ((call.size != 1 && call.size != 3) || (call.stride != 1 && call.stride != 2)) return none;
     if (call.weight_sums && call.size != 1) return none;
+    if (call.second_channels < 0 || call.second_channels % kConvDeep) return none;
+    if (call.second_channels && (call.stride != 1 || call.weight_sums)) return none;
     if (call.residual && (call.residual_batch < 1 || call.residual_batch > call.batch)) return none;
     if (call.cluster < 0 || call.cluster > kConvMostCluster) return none;
     ConvParams p{call};
@@ -149,7 +156,8 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     p.out_width = (call.width + call.stride - 1) / call.stride;
     p.rows = call.batch * p.out_height * p.out_width;
     p.taps = call.size * call.size;
-    p.units = p.taps * (call.channels / kConvDeep);
+    p.x_units = p.taps * (call.channels / kConvDeep);
+    p.units = p.x_units + call.second_channels / kConvDeep;
     if (p.rows > kConvMostRows) return none;
     p.by_width = conv_inverse(p.out_width);
     p.by_height = conv_inverse(p.out_height);
