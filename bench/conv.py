@@ -31,7 +31,7 @@ from bench.attention import placed, usual_library
 from bench.group_norm import add_shape, graph_us, plan_of, plan_us
 from plugins.call import OnGpu, error, open_library
 from plugins.conv_calls import Conv, conv_on_gpu
-from plugins.load import CONV_ROWS
+from plugins.load import CONV_ROWS, has_conv_kernel
 from runtime.engine import check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
@@ -51,7 +51,7 @@ LIKELY = 4.0  # times the best prediction: a cut that may be the best after all
 
 def convolutions(config: ModelConfig, shape: Shape, options: Options = Options()) -> Counter[Conv]:  # noqa: B008
     """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step, by qkv and
-    layer_norm of the options.
+    layer_norm of the options; by conv, whether two that are added are one launch where our plugin does them.
     """
     deepest, control = max(config.unet.scales), config.control
     found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, outputs=True))
@@ -77,9 +77,8 @@ def of_blocks(
         (rows, h, w), c, d = given, layer.channels, layer.out_channels
         if layer.kind == "res":
             yield Conv(rows, c, h, w, d)
-            if c != d:
-                yield Conv(rows, c, h, w, d, 1)
-            yield Conv(rows, d, h, w, d, residual_batch=rows)
+            last = Conv(rows, d, h, w, d, residual_batch=rows)
+            yield from [last] if c == d else of_both(last, Conv(rows, c, h, w, d, 1), 0, options)
         elif layer.kind == "transformer":
             yield from of_transformer(Conv(rows, c, h, w, c, 1), options, shape.batch, config.transformer_depth)
         elif layer.kind == "down":
@@ -94,7 +93,7 @@ def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Ite
     """Those of a SpatialTransformer, of which the first is given: cond and uncond part in it."""
     c, before, norm = plain.channels, plain.batch, options.layer_norm == "folded"
     yield plain
-    for _ in range(depth):
+    for i in range(depth):
         yield from (
             [replace(plain, norm=norm)] * 3 if options.qkv == "apart" else [replace(plain, filters=3 * c, norm=norm)]
         )
@@ -103,8 +102,23 @@ def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Ite
         was, plain = plain.batch, replace(plain, batch=batch)
         yield replace(plain, residual_batch=was)
         yield replace(plain, filters=8 * c, norm=norm)
-        yield replace(plain, channels=4 * c, residual_batch=batch)
-    yield replace(plain, residual_batch=before)
+        back = replace(plain, channels=4 * c, residual_batch=batch)
+        out = replace(plain, residual_batch=before)
+        yield from [back] if i < depth - 1 else of_both(back, out, before, options)
+
+
+def of_both(first: Conv, other: Conv, residual_batch: int, options: Options) -> Iterator[Conv]:
+    """Two whose products are added: the first with the map of the other as its second and this residual, where our
+    plugin does it, else each.
+    """
+    one = replace(first, second=other.channels, residual_batch=residual_batch)
+    sizes = [(each.batch, each.channels, each.height, each.width) for each in (first, other)]
+    weights = [(each.filters, each.channels, each.size, each.size) for each in (first, other)]
+    ours = options.conv == "own" and conv_wins(one.rows, weights[0])
+    if ours and all(has_conv_kernel(size, weight, 1) for size, weight in zip(sizes, weights, strict=True)):
+        yield one
+    else:
+        yield from (first, other)
 
 
 def served(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
@@ -167,7 +181,7 @@ def kernel_us(on_gpu: OnGpu, one: Conv, replays: int) -> float:
 
 def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replays: int) -> float | None:
     """Microseconds of TensorRT's own, without residual and LayerNorm; None where it cannot be put in a row."""
-    if one.channels != one.filters or one.stride != 1:
+    if one.channels != one.filters or one.stride != 1 or one.second:
         return None
     depth = max(DEPTH, min(40, -(-CACHED // one.weights)))
     options, shape = Options(), (one.batch, one.channels, one.height, one.width)
@@ -308,7 +322,8 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         plan, swept = row["plan"], row.get("cuts") or {}
         best = min(swept, key=lambda cut: swept[cut]) if swept else None
         view.add_row(
-            f"{row['batch']}, {row['height']}, {row['width']}", str(row["channels"]), str(row["filters"]),
+            f"{row['batch']}, {row['height']}, {row['width']}",
+            f"{row['channels']} + {row['second']}" if row["second"] else str(row["channels"]), str(row["filters"]),
             "yes" if row["norm"] else "",
             f"{row['size']}/{row['stride']}", str(row["count"]), f"{plan['high']}·{plan['wide']}x{plan['cluster']}",
             str(plan["blocks"]), f"{plan['predicted_us']:.1f}", number(row["kernel"]), number(row["builtin"]),

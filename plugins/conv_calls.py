@@ -135,7 +135,7 @@ class Conv:
 
     def call(self) -> CannyConv:
         """The call, without addresses."""
-        names = {name for name, kind in CannyConv._fields_ if kind is not ctypes.c_void_p}
+        names = {field[0] for field in CannyConv._fields_ if field[1] is not ctypes.c_void_p}
         numbers = {name: value for name, value in vars(self).items() if name in names}
         return CannyConv(**numbers, second_channels=self.second)
 

@@ -44,9 +44,11 @@ def define_step(config: ModelConfig, shape: Shape, options: Options) -> None:
         weights.release()
 
 
-def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Any) -> bool:
+def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Any, second: int = 0) -> bool:
     """What `has_conv_plugin` says, for smaller maps and channels."""
     rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
+    if second % 32 or second and stride != 1:
+        return False
     return options.conv == "own" and rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
 
 
@@ -147,24 +149,34 @@ def numbers(network: Any, constant: Any) -> np.ndarray:
 
 
 def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int,
-         norm: int, epsilon: float) -> Any:  # fmt: skip
-    assert len(rest) == norm + residual
-    blocks, n, filters, channels = numbers(network, weight), weight.shape[2], bias.shape[0], x.shape[1]
-    assert blocks.shape == (filters // n, channels // n * size * size, n, n)
-    blocks = blocks.reshape(filters // n, channels // n, size, size, n, n // 8, 8)
-    row, chunk = np.ogrid[:n, : n // 8]
-    plain = blocks[:, :, :, :, row, chunk ^ row % (n // 8)].reshape(*blocks.shape[:5], n)
-    kernel = plain.transpose(0, 4, 1, 5, 2, 3).reshape(filters, channels, size, size)
-    HELD.append((np.ascontiguousarray(kernel), numbers(network, bias) * (1 - norm)))
+         norm: int, second: int, epsilon: float) -> Any:  # fmt: skip
+    assert len(rest) == norm + second + residual
+    blocks, n, filters = numbers(network, weight), weight.shape[2], bias.shape[0]
+    units = x.shape[1] // n * size * size
+    HELD.append((plain(blocks[:, :units], size), numbers(network, bias) * (1 - norm)))
     layer = network.add_convolution_nd(x, filters, (size, size), *HELD[-1])
     layer.stride_nd, layer.padding_nd = (stride, stride), (size // 2, size // 2)
     if norm:
         layer = normalised(network, x, out(layer), rest[0], bias, epsilon)
+    if second:
+        assert rest[norm].shape[1] == n * (blocks.shape[1] - units)
+        HELD.append(plain(blocks[:, units:], 1))
+        beside = network.add_convolution_nd(rest[norm], filters, (1, 1), HELD[-1])
+        layer = network.add_elementwise(out(layer), out(beside), ELEMENT.SUM)
     if not residual:
         return layer
-    repeated = network.add_concatenation([rest[norm]] * (x.shape[0] // rest[norm].shape[0]))
+    repeated = network.add_concatenation([rest[-1]] * (x.shape[0] // rest[-1].shape[0]))
     repeated.axis = 0
     return network.add_elementwise(out(layer), out(repeated), ELEMENT.SUM)
+
+
+def plain(blocks: np.ndarray, size: int) -> np.ndarray:
+    """The weight (D, C, size, size) that `plugins.load.conv_blocks` made these of."""
+    tiles, units, n, _ = blocks.shape
+    blocks = blocks.reshape(tiles, units // size**2, size, size, n, n // 8, 8)
+    row, chunk = np.ogrid[:n, : n // 8]
+    rows = blocks[:, :, :, :, row, chunk ^ row % (n // 8)].reshape(*blocks.shape[:5], n)
+    return np.ascontiguousarray(rows.transpose(0, 4, 1, 5, 2, 3).reshape(tiles * n, -1, size, size))
 
 
 def normalised(network: Any, x: Any, y: Any, weight_sums: Any, bias: Any, epsilon: float) -> Any:

@@ -58,8 +58,9 @@ def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
 def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
     """As long products as a step has, in the cut that the whole shape would have."""
     config, shape = ModelConfig.load("sd15"), Shape(256, 384)
-    folded = Options(attention="own", qkv="apart", conv="own", layer_norm="folded")
-    for conv in convolutions(config, shape) | convolutions(config, shape, folded):
+    own = Options(attention="own", conv="own")
+    folded = replace(own, qkv="apart", layer_norm="folded")
+    for conv in convolutions(config, shape) | convolutions(config, shape, own) | convolutions(config, shape, folded):
         plan = conv.plan(emulator)
         if conv.rows > 768 or plan is None:
             continue

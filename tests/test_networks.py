@@ -3,6 +3,7 @@
 The weights are random and none is zero, so that no branch hides: a trained ControlNet's zero convolutions would.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,8 @@ from plugins.load import fold_norm  # noqa: E402
 from trt_builder import stages  # noqa: E402
 from trt_builder.config import ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import get_flavour  # noqa: E402
+from trt_builder.layers import Net  # noqa: E402
+from trt_builder.unet import one_after_the_other  # noqa: E402
 from trt_builder.weights import Weights  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,9 +224,47 @@ def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any
     check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", residual="own", conv=conv))
     blocks = added.count("CannyGeglu")
     assert blocks and added.count("CannyLayerNorm") == 3 * blocks and added.count("CannyAttention") == 2 * blocks
-    assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 4) == (conv == "own")
+    assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 3) == (conv == "own")
     assert conv == "own" or ("CannyAdd" in added) == ("decoder" not in stage)
     assert ("CannyJoin" in added) == ("decoder" in stage)
+
+
+def test_which_convolutions_take_a_second_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shortcut, and the way back from a feed-forward before the one out of its transformer, whose residual may have
+    half of the batch; where they are too large each is on its own.
+    """
+    plugin_stand_ins.use(monkeypatch)
+    found: Counter[tuple[int, int, int]] = Counter()  # by size, batch and that of the residual
+
+    def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, **fields: int) -> Any:
+        if fields["second"]:
+            found[fields["size"], x.shape[0], rest[1].shape[0] if fields["residual"] else 0] += 1
+        return plugin_stand_ins.conv(network, x, weight, bias, *rest, **fields)
+
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", conv)
+    small = {(3, 1, 0): 1, (3, 2, 0): 1, (1, 2, 1): 1, (1, 2, 2): 2}
+    wide = {(3, 1, 0): 1, (3, 2, 0): 1, (1, 2, 2): 2}
+    for stage, shape, expected in (
+        ("unet_encoder", SMALL, small), ("unet_encoder", Shape(64, 128), wide),
+        ("unet_decoder", SMALL, {(3, 2, 0): 6, (1, 2, 2): 4}),
+    ):  # fmt: skip
+        found.clear()
+        check(stage, "tiny", shape, Options("fp32", attention="own", conv="own"))
+        assert found == expected
+
+
+def test_weights_one_after_the_other_must_fit() -> None:
+    given = {"a.weight": np.full((64, 256), 30.0), "a.bias": np.ones(64), "b.bias": np.full(64, 0.5)}
+    for size, fits in ((1.0, True), (60.0, False)):
+        weights = Weights.from_dict(given | {"b.weight": np.full((64, 64, 1, 1), size)})
+        net = Net(None, get_flavour("tensorrt_rtx"), weights, Options(), "", "", np.float16)  # type: ignore[arg-type]
+        if fits:
+            weight, bias = one_after_the_other(net.at("a"), net.at("b"))
+            assert weight.shape == (64, 256, 1, 1) and weight.dtype == np.float16 and (weight == 64 * 30).all()
+            assert bias.dtype == np.float32 and (bias == 64.5).all()
+            continue
+        with pytest.raises(ValueError, match="weight of b times that before it is too large for float16: use --conv"):
+            one_after_the_other(net.at("a"), net.at("b"))
 
 
 @pytest.mark.parametrize("qkv", ["joined", "apart"])

@@ -259,8 +259,8 @@ def test_the_builder_gives_convolutions_to_the_plugin(
 
     def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, **fields: Any) -> Any:
         (batch, channels, h, w), added = x.shape, rest[-1].shape[0] if fields["residual"] else 0
-        norm = bool(fields["norm"])
-        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm)] += 1
+        norm, second = bool(fields["norm"]), rest[fields["norm"]].shape[1] if fields["second"] else 0
+        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, second)] += 1
         return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, **fields)
 
     plugin_stand_ins.use(monkeypatch)
@@ -270,9 +270,9 @@ def test_the_builder_gives_convolutions_to_the_plugin(
     fits = {}
     for one, count in convolutions(config, shape, options).items():
         size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size)
-        if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options):
+        if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options, one.second):
             fits[one] = count
-    assert found == fits and len(found) > 10
+    assert found == fits and len(found) > 10 and any(one.second for one in found)
 
 
 def test_what_our_attention_does_not_do_is_said(caplog: pytest.LogCaptureFixture) -> None:

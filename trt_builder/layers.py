@@ -225,7 +225,11 @@ def conv(
 
 def residual_conv(net: Net, last: Net, h: trt.ITensor, skip: Net, x: trt.ITensor) -> trt.ITensor:
     """The end of a ResBlock: its last convolution of h, and its input x, by `skip` where that has a weight."""
-    if takes_own_conv(last, h, last.weight().shape):
+    weight = last.weight()
+    if skip.has("weight") and takes_own_conv(last, h, weight.shape, second=x.shape[1]):
+        bias = last.float32().weight("bias") + skip.float32().weight("bias")
+        return own_conv(last, h, weight, bias, second=[(x, skip.weight())])
+    if takes_own_conv(last, h, weight.shape):
         return conv(last, h, residual=conv(skip, x) if skip.has("weight") else x)
     h = conv(last, h)
     if skip.has("weight"):
@@ -233,18 +237,20 @@ def residual_conv(net: Net, last: Net, h: trt.ITensor, skip: Net, x: trt.ITensor
     return own(net, ADD, [x, h], "add") if net.flavour.has_residual_plugins(net.options) else add(net, x, h)
 
 
-def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int = 1) -> bool:
-    """Whether a convolution of x by a weight of this shape is our plugin's."""
-    return net.flavour.has_conv_plugin(x.shape, weight, stride, net.options)
+def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int = 1, second: int = 0) -> bool:
+    """Whether a convolution of x by a weight of this shape, with a second map of so many channels, is our plugin's."""
+    return net.flavour.has_conv_plugin(x.shape, weight, stride, net.options, second)
 
 
 def own_conv(
     net: Net, x: trt.ITensor, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1,
     residual: trt.ITensor | None = None, what: str = "", norm: Net | None = None,
+    second: Sequence[tuple[trt.ITensor, np.ndarray]] = (),
 ) -> trt.ITensor:  # fmt: skip
     """Convolution by our plugin: weight (D, C, size, size), zeros around the map, the residual added in the kernel.
 
     norm: where the LayerNorm is that x goes through first, in the kernel, too.
+    second: another map of x's batch and size and its weight (D, E, 1, 1), or none; its products are added.
     """
     exact, name, sums = net.float32(), f"{what}." if what else "", []
     bias = np.zeros(len(weight)) if bias is None else bias
@@ -252,11 +258,12 @@ def own_conv(
         gamma, beta = (norm.float32().weight(one) for one in ("weight", "bias"))
         weight, bias, of_filters = fold_norm(weight, bias, gamma, beta)
         sums = [exact.constant(of_filters, of_filters.shape, f"{name}weight_sums")]
-    blocks = conv_blocks(weight)
+    blocks = conv_blocks(weight, *(of_map for _, of_map in second))
     w = net.constant(blocks, blocks.shape, f"{name}weight")
     b = exact.constant(bias, (len(weight),), f"{name}bias")
-    fields = {"size": weight.shape[2], "stride": stride, "residual": int(residual is not None), "norm": int(bool(norm))}
-    inputs = [x, w, b, *sums] if residual is None else [x, w, b, *sums, residual]
+    inputs = [x, w, b, *sums, *(a_map for a_map, _ in second), *([] if residual is None else [residual])]
+    fields = {"size": weight.shape[2], "stride": stride, "residual": int(residual is not None)}
+    fields |= {"norm": int(norm is not None), "second": len(second)}
     return own(net, CONV, inputs, what, **fields, epsilon=LAYER_NORM_EPSILON)
 
 

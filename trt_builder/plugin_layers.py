@@ -13,6 +13,7 @@ from plugins.load import (
     ATTENTION_WIDTHS,
     CONV,
     CONV_CAPABILITY,
+    CONV_MULTIPLE,
     FIELDS_VERSION,
     GROUP_NORM,
     RESIDUALS,
@@ -192,16 +193,20 @@ class PluginLayers:
             self._need(plugin, "residual")
         return True
 
-    def has_conv_plugin(self, shape: Sequence[int], weight: Sequence[int], stride: int, options: Options) -> bool:
+    def has_conv_plugin(
+        self, shape: Sequence[int], weight: Sequence[int], stride: int, options: Options, second: int = 0
+    ) -> bool:
         """Whether our plugin serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size), and wins.
 
+        second: channels of a second map, of a 1×1 weight, that it does in the same launch, at stride 1.
         Raises FlavourError where it cannot be had.
         """
         if options.conv != "own" or options.precision != "fp16":
             return False
         self._need(CONV, "conv")
         rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
-        return has_conv_kernel(shape, weight, stride) and conv_wins(rows, weight)
+        beside = not second or stride == 1 and not second % CONV_MULTIPLE
+        return beside and has_conv_kernel(shape, weight, stride) and conv_wins(rows, weight)
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trt_builder.attention import attention, attention_over_itself
 from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
@@ -14,8 +16,10 @@ from trt_builder.layers import (
     group_norm,
     linear,
     linear_after,
+    own_conv,
     reshape,
     residual_conv,
+    takes_own_conv,
     upsample_nearest,
 )
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
     KV = tuple[trt.ITensor, trt.ITensor]
     Join = Callable[[Net, trt.ITensor], trt.ITensor]
+    Out = tuple[Net, trt.ITensor]  # a 1×1 convolution behind a transformer, and the residual of what it makes
 
 
 def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
@@ -34,10 +39,36 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
     return residual_conv(net, net.at("out_layers.3"), h, net.at("skip_connection"), x)
 
 
-def feed_forward(net: Net, norm: Net, x: trt.ITensor) -> trt.ITensor:
-    """x, and LayerNorm, gated linear unit with GELU to 4·C (Shazeer 2020), and back: (B, T, C) → (B, T, C)."""
+def feed_forward(net: Net, norm: Net, x: trt.ITensor, out: Out | None = None) -> trt.ITensor:
+    """x, and LayerNorm, gated linear unit with GELU to 4·C (Shazeer 2020), and back: (B, T, C) → (B, T, C).
+
+    A map may go through `out`, too. Where our convolutions serve, that and the way back are one launch: what is linear
+    in both is multiplied out.
+    """
     (both,) = linear_after(norm, x, [(net.at("net.0").at("proj"), ())])
-    return linear(net.at("net.2"), geglu_gate(net.at("net.0"), both), residual=x)
+    gated, back = geglu_gate(net.at("net.0"), both), net.at("net.2")
+    if out is None:
+        return linear(back, gated, residual=x)
+    last, residual = out
+    if takes_own_conv(last, gated, (x.shape[1], gated.shape[1], 1, 1), second=x.shape[1]):
+        weight, bias = one_after_the_other(back, last)
+        return own_conv(last, gated, weight, bias, residual=residual, second=[(x, last.weight())])
+    return conv(last, linear(back, gated, residual=x), residual=residual)
+
+
+def one_after_the_other(first: Net, last: Net) -> tuple[np.ndarray, np.ndarray]:
+    """The weight (D, C, 1, 1) and bias (D) of a linear layer and a 1×1 convolution of what it makes, as one of both.
+
+    Multiplied in float32. Raises ValueError where a weight becomes too large for the type that layers compute in.
+    """
+    inner, outer = first.float32(), last.float32()
+    by = outer.weight()[:, :, 0, 0]
+    with np.errstate(over="ignore"):
+        weight = (by @ inner.weight()).astype(last.dtype)
+    if not np.isfinite(weight).all():
+        where = ".".join(last.path)
+        raise ValueError(f"the weight of {where} times that before it is too large for float16: use --conv builtin.")
+    return weight[:, :, None, None], by @ inner.weight("bias") + outer.weight("bias")
 
 
 def self_attention(net: Net, norm: Net, x: trt.ITensor, heads: int) -> trt.ITensor:
@@ -52,12 +83,15 @@ def cross_attention(net: Net, norm: Net, x: trt.ITensor, kv: KV, heads: int) -> 
     return linear(net.at("to_out.0"), attention(net, q, *kv, heads), residual=x)
 
 
-def transformer_block(net: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
-    """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and a residual: (B, T, C)."""
+def transformer_block(net: Net, x: trt.ITensor, kv: KV, heads: int, out: Out | None = None) -> trt.ITensor:
+    """Self-attention, cross-attention and feed-forward, each behind a LayerNorm and a residual: (B, T, C).
+
+    out: as `feed_forward` has it.
+    """
     x = self_attention(net.at("attn1"), net.at("norm1"), x, heads)
     # Before the first cross-attention cond and uncond are the same numbers, so x may still be at batch N here.
     x = cross_attention(net.at("attn2"), net.at("norm2"), x, kv, heads)
-    return feed_forward(net.at("ff"), net.at("norm3"), x)
+    return feed_forward(net.at("ff"), net.at("norm3"), x, out)
 
 
 def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, depth: int) -> trt.ITensor:
@@ -66,15 +100,17 @@ def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, 
     Where our plugins serve, the positions of the map are the tokens as they lie in memory, and it stays a map.
     """
     batch, channels, h, w = x.shape
-    y = conv(net.at("proj_in"), group_norm(net.at("norm"), x, eps=1e-6))
+    y, out = conv(net.at("proj_in"), group_norm(net.at("norm"), x, eps=1e-6)), net.at("proj_out")
     maps = net.flavour.has_transformer_plugins(channels // heads, net.options)
     if not maps:
         y = reshape(net, y, (batch, h * w, channels), before=(0, 2, 3, 1), what="to_tokens")
     for i in range(depth):
-        y = transformer_block(net.at(f"transformer_blocks.{i}"), y, next(kv), heads)
-    if not maps:
-        y = reshape(net, y, (y.shape[0], h, w, channels), after=(0, 3, 1, 2), what="to_map")
-    return conv(net.at("proj_out"), y, residual=x)
+        last = maps and i == depth - 1
+        y = transformer_block(net.at(f"transformer_blocks.{i}"), y, next(kv), heads, (out, x) if last else None)
+    if maps:
+        return y
+    y = reshape(net, y, (y.shape[0], h, w, channels), after=(0, 3, 1, 2), what="to_map")
+    return conv(out, y, residual=x)
 
 
 def run_block(

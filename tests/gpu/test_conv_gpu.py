@@ -17,13 +17,17 @@ pytestmark = pytest.mark.skipif(
     HERE is None or HERE.capability != CONV_CAPABILITY, reason="cuda-python sees no GPU of compute capability 9.0"
 )
 
-FOLDED = Options(attention="own", qkv="apart", conv="own", layer_norm="folded")
+OWN = Options(attention="own", conv="own")
+FOLDED = replace(OWN, qkv="apart", layer_norm="folded")
 SD15, SHAPE = ModelConfig.load("sd15"), Shape(256, 384)
-NETWORKS = sorted(convolutions(SD15, SHAPE) | convolutions(SD15, SHAPE, FOLDED), key=lambda one: one.flop)
+ALL = convolutions(SD15, SHAPE) | convolutions(SD15, SHAPE, OWN) | convolutions(SD15, SHAPE, FOLDED)
+NETWORKS = sorted(ALL, key=lambda one: one.flop)
 OTHERS = [
     Conv(1, 64, 1, 1, 64), Conv(3, 64, 5, 7, 128, residual_batch=1), Conv(2, 192, 9, 13, 192, stride=2),
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 640, 9, 13, 128, size=1, residual_batch=2),
     Conv(3, 640, 5, 7, 128, 1, residual_batch=1, norm=True), Conv(1, 64, 1, 1, 64, 1, norm=True),
+    Conv(2, 192, 9, 13, 192, residual_batch=1, second=320), Conv(3, 64, 5, 7, 128, 1, residual_batch=3, second=448),
+    Conv(2, 64, 4, 6, 64, second=640), Conv(1, 64, 1, 1, 64, 1, second=64),
 ]  # fmt: skip
 
 
@@ -37,7 +41,11 @@ def test_every_cut_against_float64(library: Any, conv: Conv) -> None:
             assert error(result_of(on_gpu, cut), expected) < 1e-3, cut
 
 
-@pytest.mark.parametrize("conv", [NETWORKS[0], NETWORKS[-1], OTHERS[1], replace(OTHERS[1], cluster=8)], ids=str)
+@pytest.mark.parametrize(
+    "conv",
+    [NETWORKS[0], NETWORKS[-1], OTHERS[1], replace(OTHERS[1], cluster=8), OTHERS[7], replace(OTHERS[7], cluster=8)],
+    ids=str,
+)
 def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, conv: Conv, same_bits_in_a_graph: Any) -> None:
     """Several in a row, each of which may begin before the one before it has ended."""
     with conv_on_gpu(library, conv, conv.arrays()) as on_gpu:
