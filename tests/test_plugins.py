@@ -297,6 +297,9 @@ def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> 
     assert served(flavour, 48, (1280, 2560, 3, 3), 1, own)
     assert served(flavour, 48, (1280, 1280, 3, 3), 2, own)
     assert served(flavour, 3072, (320, 960, 1, 1), 1, own)
+    sides = (2, 320, 32, 48), (320, 320, 3, 3)
+    assert [flavour.has_conv_plugin(*sides, 1, own, second) for second in (0, 640, 648)] == [True, True, False]
+    assert not flavour.has_conv_plugin(*sides, 2, own, 640)
     for rows, weight, stride in (
         (3072, (640, 640, 3, 3), 1), (192, (3840, 1280, 1, 1), 1), (8016, (64, 64, 1, 1), 1),
         (48, (96, 1280, 3, 3), 1), (48, (1280, 4, 3, 3), 1), (48, (64, 64, 5, 5), 1), (48, (64, 64, 3, 3), 3),
