@@ -8,7 +8,7 @@
 extern "C" int emulate_conv(const CannyConv* call, int order) {
     try {
         auto launch = [&](auto kernel, dim3 grid, int cluster, int threads, int bytes, const auto& p) {
-            emulator::launch<const canny::ConvParams>(kernel, grid, cluster, threads, bytes, p, order);
+            emulator::launch<const canny::ConvWork>(kernel, grid, cluster, threads, bytes, p, order);
             return true;
         };
         return canny::run_conv(*call, launch) ? 0 : 1;

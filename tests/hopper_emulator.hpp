@@ -99,16 +99,6 @@ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
     emulator::arrive(one);
 }
 
-inline void barrier_arrive_after_copies(uint32_t barrier) {
-    emulator::Phases& one = emulator::phases_at(*emulator::current->block, barrier);
-    auto copies = std::move(emulator::current->copies.back());
-    emulator::current->copies = {{}};
-    emulator::later([&one, copies] {
-        for (const emulator::Copy& copy : copies) std::memcpy(copy.to, copy.from, 16);
-        emulator::arrive(one);
-    });
-}
-
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
     emulator::Phases& one = emulator::phases_at(*emulator::current->block, barrier);
     while (one.count && (one.barrier.generation & 1) == parity) emulator::wait(one.barrier, one.barrier.generation);
@@ -122,6 +112,38 @@ inline void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t b
     emulator::later([&block, &one, to, from, bytes] {
         std::memcpy(emulator::shared_at(block, to), from, bytes);
         one.bytes -= bytes;
+        emulator::settle(one);
+    });
+}
+
+struct ConvMap {
+    const __half* x;
+    int32_t rows, channels, high;
+};
+
+inline bool describe(ConvMap& map, const void* x, int32_t rows, int32_t channels, int32_t high) {
+    map = {static_cast<const __half*>(x), rows, channels, high};
+    return high > 0 && high <= 256 && channels % 8 == 0;
+}
+
+inline void expect_rows(const ConvMap&) {}
+
+inline void copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+    emulator::Block& block = *emulator::current->block;
+    emulator::Phases& one = emulator::phases_at(block, barrier);
+    if (!one.seen) emulator::wrong("a barrier that copies do not see yet");
+    if (!emulator::current->waited) emulator::wrong("a copy of what the kernel before may still write");
+    if (to % 1024) emulator::wrong("rows that do not begin at a multiple of 1024");
+    emulator::later([&block, &one, to, map, row, channel] {
+        for (int32_t at = 0; at < map.high * 64; at += 8) {
+            int32_t line = row + at / 64, from = channel + at % 64;
+            uint32_t address = to + 2 * at;
+            unsigned char* place = emulator::shared_at(block, address ^ (address >> 7 & 7) << 4);
+            bool there = line >= 0 && line < map.rows && from < map.channels;
+            if (there) std::memcpy(place, map.x + int64_t(line) * map.channels + from, 16);
+            else std::memset(place, 0, 16);
+        }
+        one.bytes -= map.high * 128;
         emulator::settle(one);
     });
 }

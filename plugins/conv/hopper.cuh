@@ -11,6 +11,9 @@
 #ifdef EMULATE_CUDA
 #include "hopper_emulator.hpp"
 #else
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
 namespace canny {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -35,11 +38,6 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrive once every copy_16 of this thread has landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 // Wait for the end of the phase of this parity: 0 for the first, 1 for the second, …
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done = 0;
@@ -59,6 +57,47 @@ __device__ __forceinline__ void copy_block(uint32_t to, const void* from, uint32
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
         "r"(bytes), "r"(barrier)
+        : "memory"
+    );
+}
+
+// A map of channels-last halves, as copies of a part of it want it described.
+using ConvMap = CUtensorMap;
+
+// Describe a map (rows, channels) for copies of `high` rows of 64 channels, which arrive swizzled by 128 bytes. False
+// where the driver does not.
+inline bool describe(ConvMap& map, const void* x, int32_t rows, int32_t channels, int32_t high) {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode encode = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+        return reinterpret_cast<Encode>(found);
+    }();
+    cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(rows)}, pitch[] = {2 * cuuint64_t(channels)};
+    cuuint32_t box[] = {64, cuuint32_t(high)}, steps[] = {1, 1};
+    return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(x), sizes, pitch, box, steps,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Have the description of a map at hand before it is used.
+__device__ __forceinline__ void expect_rows(const ConvMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Begin to copy the rows and 64 channels from these on, zeros where there is no row; their bytes count for the barrier.
+__device__ __forceinline__ void
+copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            to
+        ),
+        "l"(&map), "r"(channel), "r"(row), "r"(barrier)
         : "memory"
     );
 }

@@ -24,8 +24,8 @@ int32_t canny_conv(const CannyConv* call, cudaStream_t stream) {
     if (!hopper) return error;
     canny::run_conv(
         *call,
-        [&](auto kernel, dim3 grid, int32_t cluster, int32_t threads, int32_t bytes, const canny::ConvParams& p) {
-            error = canny::launch_early(kernel, grid, threads, bytes, stream, p, cluster);
+        [&](auto kernel, dim3 grid, int32_t cluster, int32_t threads, int32_t bytes, const canny::ConvWork& work) {
+            error = canny::launch_early(kernel, grid, threads, bytes, stream, work, cluster);
             return error == cudaSuccess;
         }
     );

@@ -3,8 +3,8 @@
 //
 // - A tile is 64 or 128 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
 //   products' length, and adds up a part of the tile through the others' shared memory, always in the same order.
-// - One warp has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Three
-//   copy the positions' channels, 64 of them once for all nine taps. Barriers tell who waits for whom.
+// - One thread has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Another
+//   has the positions' channels copied, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
 // - A second map comes behind x, 64 channels of the tile's own positions at a time, which lie where x has its middle tap.
 //
@@ -49,27 +49,33 @@ struct ConvRing {
     }
 };
 
+// What a kernel is given.
+struct ConvWork {
+    ConvMap x, second;
+    ConvParams params;
+};
+
 // kNorm: with a LayerNorm before it.
 template <int kGroups, int kWide, bool kNorm>
 struct ConvBlock {
     static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kSumsPitch = kWide + 8;  // pitch: no bank conflicts
     static constexpr int kUnit = kWide * kConvDeep;                                        // weights of a unit
     static constexpr int kVectors = kWide / 8;                                             // pieces of a row
-    static constexpr int kConsumers = kGroups * kConvWarpgroup, kLoaders = conv_loaders(kGroups);
+    static constexpr int kConsumers = kGroups * kConvWarpgroup;
 
+    const ConvWork& work;
     const ConvParams& p;
     char* memory;
-    __half *weights, *positions, *zeros;
+    __half *weights, *positions;  // zeros lie behind the positions
     uint32_t barriers;
     int32_t first_row, first_filter, rank, first, last;  // units from first to before last are this block's
     ConvRange range;
 
-    __device__ __forceinline__ explicit ConvBlock(const ConvParams& params) : p(params) {
+    __device__ __forceinline__ explicit ConvBlock(const ConvWork& work) : work(work), p(work.params) {
         memory = shared_memory() + (0u - shared_address(shared_memory())) % kConvAlign;
         weights = reinterpret_cast<__half*>(memory);
         positions = weights + p.places * kUnit;
-        zeros = positions + p.x_places * p.x_rows * kConvPitch;
-        barriers = shared_address(zeros + kConvZeros * kConvPitch);
+        barriers = shared_address(positions + (p.x_places * p.x_rows + kConvEight) * kConvPitch);
         rank = blockIdx.x;
         first_filter = blockIdx.y * kWide;
         first_row = blockIdx.z * kHigh;
@@ -89,13 +95,13 @@ struct ConvBlock {
 
     __device__ __forceinline__ void begin_barriers() const {
         weights_ring().begin(1, kConsumers / 32);
-        positions_ring().begin(kLoaders, kConsumers / 32);
+        positions_ring().begin(1, kConsumers / 32);
         barriers_begun();
     }
 
     __device__ __forceinline__ void clear_zeros() const {
-        for (int32_t i = threadIdx.x; i < kConvZeros * kConvPitch / 2; i += kConsumers)
-            reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+        uint32_t* zeros = reinterpret_cast<uint32_t*>(positions + p.x_places * p.x_rows * kConvPitch);
+        for (int32_t i = threadIdx.x; i < kConvEight * kConvPitch / 2; i += kConsumers) zeros[i] = 0;
     }
 
     // One thread: have the weights of units copied, from `unit` to before `end`.
@@ -116,32 +122,35 @@ struct ConvBlock {
         }
     }
 
-    // The loaders, of which this is number `me`: copy 64 channels of all positions at a time.
-    __device__ __forceinline__ void copy_positions(int32_t me) const {
+    // One thread: have 64 channels of all positions copied at a time. Those of the second map go to where x has the same
+    // positions, from the next multiple of eight before them on.
+    __device__ __forceinline__ void copy_positions() const {
         ConvRing ring = positions_ring();
-        constexpr int32_t kStep = kLoaders / 8;
-        int32_t column = me % 8 * 8, parts = p.call.channels / kConvDeep;  // of x
+        int32_t parts = p.call.channels / kConvDeep, ahead = first_row - range.first;  // parts: of x
         for (int32_t part = part_of(first), end = part_of(last - 1); part <= end; part++) {
-            bool of_x = part < parts;
-            int32_t channels = of_x ? p.call.channels : p.call.second_channels;
-            int32_t row = of_x ? 0 : first_row - range.first, rows = range.last - range.first;
-            if (!of_x) rows = min(rows, row + kHigh);
-            const __half* from = static_cast<const __half*>(of_x ? p.call.x : p.call.second) +
-                                 int64_t(range.first) * channels + (of_x ? part : part - parts) * kConvDeep + column;
             ring.wait_empty();
-            __half* to = positions + ring.place * p.x_rows * kConvPitch + column;
-#pragma unroll 4
-            for (row += me / 8; row < rows; row += kStep)
-                copy_16(to + row * kConvPitch, from + int64_t(row) * channels, true);
-            barrier_arrive_after_copies(ring.full + 8 * ring.place);
+            uint32_t barrier = ring.full + 8 * ring.place;
+            const __half* to = positions + ring.place * p.x_rows * kConvPitch;
+            bool of_x = part < parts;
+            barrier_expect(barrier, (of_x ? p.x_boxes * p.x_box : p.second_box) * kConvPitch * sizeof(__half));
+            if (of_x)
+                for (int32_t row = 0; row < p.x_boxes * p.x_box; row += p.x_box)
+                    copy_rows(
+                        shared_address(to + row * kConvPitch), work.x, range.first + row, part * kConvDeep, barrier
+                    );
+            else
+                copy_rows(
+                    shared_address(to + ahead / kConvEight * kConvEight * kConvPitch), work.second,
+                    first_row - ahead % kConvEight, (part - parts) * kConvDeep, barrier
+                );
             ring.next();
         }
     }
 
     // The row of y whose x this lane names to its warp: where the middle tap lies in a place, which taps there are, a bit
-    // each, and from which channel on.
+    // each, and from which eighth of the channels on.
     struct Row {
-        int32_t at, channel;
+        int32_t at, eighth;
         uint32_t exist;
     };
 
@@ -152,7 +161,7 @@ struct ConvBlock {
         if (to.y > 0) taps |= line;
         if (to.y * stride + 1 < p.call.height) taps |= line << 6;
         if (p.taps == 1) taps = 1;
-        return {to.at - range.first, lane / 16 * 8, row < p.rows ? taps : 0};
+        return {to.at - range.first, lane / 16, row < p.rows ? taps : 0};
     }
 
     // Sums of x and x² of a thread's part of its two rows, lane / 4 and that plus 8 of its warp's.
@@ -211,10 +220,11 @@ struct ConvBlock {
     __device__ __forceinline__ void pick(uint32_t (&a)[4][4], const Row& row, int32_t place, int32_t tap) const {
         int32_t line = p.taps == 9 ? tap / 3 : 1, column = p.taps == 9 ? tap - 3 * line : 1;
         int32_t at = row.at + (line - 1) * p.call.width + column - 1;
-        const __half* from = positions + (place * p.x_rows + at) * kConvPitch;
-        if (!(row.exist >> tap & 1)) from = zeros + (at & (kConvZeros - 1)) * kConvPitch;
+        int32_t of_eight = at & (kConvEight - 1), line_of = place * p.x_rows + at;
+        if (!(row.exist >> tap & 1)) line_of = p.x_places * p.x_rows + of_eight;
+        const __half* from = positions + line_of * kConvPitch;
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_matrices(a[k], from + row.channel + 16 * k);
+        for (int k = 0; k < 4; k++) load_matrices(a[k], from + ((2 * k + row.eighth) ^ of_eight) * 8);
     }
 
     // The moments go to where a row has no sums.
@@ -322,30 +332,36 @@ struct ConvBlock {
 
 // Grid: blocks of a cluster, tiles of filters, tiles of rows.
 template <int kGroups, int kWide, bool kNorm>
-__global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, kWide)) conv(const ConvParams p) {
+__global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, kWide))
+    conv(const __grid_constant__ ConvWork work) {
     using Block = ConvBlock<kGroups, kWide, kNorm>;
-    Block block(p);
-    int32_t helper = int32_t(threadIdx.x) - Block::kConsumers, ahead = min(block.last, block.first + p.places);
+    Block block(work);
+    const ConvParams& p = work.params;
+    // The first threads of two warps.
+    bool copies_x = threadIdx.x == Block::kConsumers, copies_weights = threadIdx.x == Block::kConsumers + 32;
+    bool multiplies = threadIdx.x < Block::kConsumers;
+    int32_t ahead = min(block.last, block.first + p.places);
     ConvRing ring = block.weights_ring();
-    if (helper == Block::kLoaders) {
+    if (copies_x) expect_rows(work.x);
+    if (copies_weights) {
         block.begin_barriers();
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
     typename Block::Row row{};
-    if (helper < 0) block.clear_zeros(), row = block.row();
+    if (multiplies) block.clear_zeros(), row = block.row();
     __syncwarp();
     __syncthreads();  // barriers and zeros are there
     wait_for_previous();
-    if (helper < 0) {
+    if (multiplies) {
         float sums[Block::kSums] = {};
         typename Block::Moments moments;
         block.multiply(sums, moments, row);
         let_next_begin();  // not before: its blocks would take places from those of another stream
         group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
         block.lay_out(sums, moments);
-    } else if (helper < Block::kLoaders) {
-        block.copy_positions(helper);
-    } else if (helper == Block::kLoaders) {
+    } else if (copies_x) {
+        block.copy_positions();
+    } else if (copies_weights) {
         block.copy_weights(ring, ahead, block.last);
     }
     __syncwarp();
@@ -363,9 +379,14 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     ConvPlan plan = conv_plan(call);
     if (!plan.groups) return false;
     const ConvParams& p = plan.params;
+    ConvWork work{{}, {}, p};
+    int32_t positions = call.batch * call.height * call.width;
+    if (!describe(work.x, call.x, positions, call.channels, p.x_box)) return false;
+    if (call.second_channels && !describe(work.second, call.second, positions, call.second_channels, p.second_box))
+        return false;
     int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups);
     dim3 grid(p.cluster, call.filters / plan.wide, (p.rows + high - 1) / high);
-    auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, p); };
+    auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, work); };
     auto cut = [&](auto norm) {
         constexpr bool kNorm = decltype(norm)::value;
         if (plan.groups == 1) return plan.wide == 64 ? go(conv<1, 64, kNorm>) : go(conv<1, 128, kNorm>);

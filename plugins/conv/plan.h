@@ -11,8 +11,9 @@ namespace canny {
 
 constexpr int kConvDeep = 64;              // channels of a unit of work: one tap of 64 channels
 constexpr int kConvBlock = 64 * kConvDeep;  // weights of a unit and 64 filters, side by side in memory
-constexpr int kConvPitch = 72;             // halves of a row of x in shared memory: no bank conflicts
-constexpr int kConvZeros = 8;              // rows of zeros
+constexpr int kConvPitch = kConvDeep;      // halves of a row of x in shared memory, swizzled as the weights are
+constexpr int kConvEight = 8;              // rows after which the swizzle repeats; so many zeros
+constexpr int kConvMostBox = 256;          // rows of a copy
 constexpr int kConvWarpgroup = 128;
 constexpr int kConvMostBytes = 227 << 10;  // of shared memory that a block may have
 constexpr int kConvHalfBytes = 113 << 10;  // and with another on its processor
@@ -25,7 +26,9 @@ struct ConvParams {
     int32_t taps, x_units, units;         // x_units: taps · channels / 64; units: with those of the second map
     int32_t cluster, share, rest;         // units of a block, of which the first `rest` have one more
     uint32_t by_width, by_height, by_residual;  // inverses of out_width, out_height, rows of the residual
-    int32_t x_rows, x_places, places;  // rows of x that a tile needs, at most; places for as many, and for weights
+    // Rows of a copy of x, or of the second map; how many copies of x are all that a tile needs; rows of a place, places,
+    // and those for weights.
+    int32_t x_box, second_box, x_boxes, x_rows, x_places, places;
 };
 
 struct ConvPlan {
@@ -34,10 +37,8 @@ struct ConvPlan {
     int32_t predicted = 0, cost = 0;                     // in ns; what cuts are chosen by
 };
 
-// Threads that copy x, and all, with a warp that copies weights. Two groups have one warp of them, so that registers are
-// enough for two blocks.
-constexpr int32_t conv_loaders(int32_t groups) { return groups == 2 ? 32 : 96; }
-constexpr int32_t conv_threads(int32_t groups) { return groups * kConvWarpgroup + conv_loaders(groups) + 32; }
+// A thread of one more warp has x copied, one of another the weights.
+constexpr int32_t conv_threads(int32_t groups) { return groups * kConvWarpgroup + 64; }
 
 // How many blocks a processor has registers for.
 constexpr int32_t conv_together(int32_t groups, int32_t wide) { return groups == 1 || groups * wide == 128 ? 2 : 1; }
@@ -77,16 +78,24 @@ CANNY_BOTH ConvRange conv_range(const ConvParams& p, int32_t first_row, int32_t 
     return {first > 0 ? first : 0, last < all ? last : all};
 }
 
+constexpr int32_t conv_eights(int32_t rows) { return (rows + kConvEight - 1) / kConvEight * kConvEight; }
+
 // Places for as much as fits, beside another block if it can be: the next kernel's begins to read weights while this
 // one ends. False where two of each do not fit.
 inline bool conv_places(ConvPlan& plan) {
     ConvParams& p = plan.params;
-    int32_t high = 64 * plan.groups, fixed = kConvZeros * kConvPitch * 2 + kConvAlign;
-    p.x_rows = 0;
+    int32_t high = 64 * plan.groups, fixed = kConvEight * kConvPitch * 2 + kConvAlign, most_x = 0, most_second = 0;
+    p.second_box = conv_eights(p.taps == 1 ? high : high + kConvEight - 1);
     for (int32_t row = 0; row < p.rows; row += high) {
         ConvRange range = conv_range(p, row, high);
-        if (range.last - range.first > p.x_rows) p.x_rows = range.last - range.first;
+        int32_t second = (row - range.first) / kConvEight * kConvEight + p.second_box;
+        if (range.last - range.first > most_x) most_x = range.last - range.first;
+        if (second > most_second) most_second = second;
     }
+    p.x_boxes = (most_x + kConvMostBox - 1) / kConvMostBox;
+    p.x_box = conv_eights((most_x + p.x_boxes - 1) / p.x_boxes);
+    p.x_rows = p.x_boxes * p.x_box;
+    if (p.call.second_channels && most_second > p.x_rows) p.x_rows = most_second;
     int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2;
     p.x_places = p.taps == 1 ? 4 : p.call.second_channels ? 3 : 2;  // the second map has one tap
     p.places = plan.wide == 64 ? 8 : 6;
