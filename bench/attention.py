@@ -102,7 +102,9 @@ def residuals(config: ModelConfig, shape: Shape) -> Counter[Sum | Join]:
     for layer, (batch, h, w), _ in placed(blocks, shape, max(config.unet.scales), shape.batch):
         if layer.prefix in ours:
             skip = ours[layer.prefix]
-            found[Join(batch, h * w, layer.channels - skip, skip)] += 1
+            # The first one's x is the middle block's output, which has a residual.
+            first = layer.prefix == blocks[0][0].prefix
+            found[Join(batch, h * w, layer.channels - skip, skip, first)] += 1
     return found
 
 

@@ -43,7 +43,7 @@ class CannyJoin(ctypes.Structure):
     """The structure of the same name in tokens/call.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "x_residual", "x_scales", "y")),
         *((name, ctypes.c_int32) for name in ("batch", "positions", "first", "second")),
     ]
 
@@ -127,12 +127,16 @@ class Sum:
 
 @dataclass(frozen=True)
 class Join:
-    """x (batch, positions, first) and behind it skip + scale·residual (batch, positions, second), in half precision."""
+    """x (batch, positions, first) and behind it skip + scale·residual (batch, positions, second), in half precision.
+
+    both: whether x has a residual with scales, too.
+    """
 
     batch: int
     positions: int
     first: int
     second: int
+    both: bool = False
 
     function = "canny_join"
 
@@ -147,18 +151,23 @@ class Join:
         return self.first + self.second
 
     def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random x of a mean, skip, residual and scales (batch), of standard deviation 1."""
+        """Random x of a mean, skip, residuals and their scales (batch), of standard deviation 1."""
         rng = np.random.default_rng(seed)
         widths = {"x": self.first, "skip": self.second, "residual": self.second}
+        widths |= {"x_residual": self.first} if self.both else {}
         made = {name: rng.standard_normal((self.tokens, width), np.float32) for name, width in widths.items()}
         made["x"] += np.float32(mean)
-        scales = rng.standard_normal(self.batch, np.float32)
-        return {name: array.astype(np.float16) for name, array in made.items()} | {"scales": scales}
+        names = ("scales", "x_scales") if self.both else ("scales",)
+        scales = {name: rng.standard_normal(self.batch, np.float32) for name in names}
+        return {name: array.astype(np.float16) for name, array in made.items()} | scales
 
     def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """y (tokens, channels) in float64."""
-        x, skip, residual = (arrays[name].astype(np.float64) for name in ("x", "skip", "residual"))
-        return np.concatenate([x, skip + np.repeat(arrays["scales"], self.positions)[:, None] * residual], axis=1)
+        x, y = (arrays[name].astype(np.float64) for name in ("x", "skip"))
+        y += np.repeat(arrays["scales"], self.positions)[:, None] * arrays["residual"]
+        if self.both:
+            x += np.repeat(arrays["x_scales"], self.positions)[:, None] * arrays["x_residual"]
+        return np.concatenate([x, y], axis=1)
 
     def call(self) -> CannyJoin:
         """The call, without addresses."""

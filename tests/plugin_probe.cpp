@@ -401,8 +401,12 @@ int main(int, char** arguments) {
     end(conv);
     auto& join = *static_cast<Creator*>(entry(count)[6]);
     MUST(!std::strcmp(join.getPluginName(), "CannyJoin"));
-    int32_t index = 3;
-    fields.fields = {given.fields[0], {"index", &index, PluginFieldType::kINT32, 1}};
+    int32_t index = 3, x_index = -1;
+    fields.fields = {
+        given.fields[0],
+        {"index", &index, PluginFieldType::kINT32, 1},
+        {"x_index", &x_index, PluginFieldType::kINT32, 1}
+    };
     Plugin* skips = create(join, fields);
     MUST(skips);
     describe(0, dims({2, 640, 8, 12}), half, last8);
@@ -411,13 +415,38 @@ int main(int, char** arguments) {
     describe(4, dims({2, 960, 8, 12}), half, last8);
     for (int32_t i = 0; i < 5; i++) MUST(build_side(*skips).supportsFormatCombination(i, tensors.data(), 4, 1));
     configure(*skips, tensors, true, 4);
-    describe(3, dims({3, 2}), single, linear);
-    configure(*skips, tensors, false, 4);
+    describe(3, dims({13, 4}), single, linear);
+    configure(*skips, tensors, true, 4);  // those of more rows than there are here
+    for (auto wrong : {dims({3, 2}), dims({13, 1})}) {
+        describe(3, wrong, single, linear);
+        configure(*skips, tensors, false, 4);
+    }
     describe(3, dims({13, 2}), single, linear);
     describe(2, dims({2, 640, 8, 12}), half, last8);
     configure(*skips, tensors, false, 4);
     end(skips);
-    index = -1;
+    x_index = 12;
+    Plugin* both = create(join, fields);
+    MUST(both);
+    kept = tensors;
+    tensors.resize(6);
+    describe(2, dims({2, 320, 8, 12}), half, last8);
+    describe(4, dims({2, 640, 8, 12}), half, last8);
+    describe(5, dims({2, 960, 8, 12}), half, last8);
+    for (int32_t i = 0; i < 6; i++) MUST(build_side(*both).supportsFormatCombination(i, tensors.data(), 5, 1));
+    configure(*both, tensors, true, 5);
+    describe(3, dims({12, 2}), single, linear);
+    configure(*both, tensors, false, 5);
+    describe(3, dims({13, 2}), single, linear);
+    describe(4, dims({2, 320, 8, 12}), half, last8);
+    configure(*both, tensors, false, 5);
+    describe(1, dims({2, 320, 8, 6}), half, last8);
+    configure(*both, tensors, false, 5);
+    end(both);
+    tensors = kept;
+    x_index = -2;
+    MUST(!create(join, fields));
+    index = -1, x_index = -1;
     MUST(!create(join, fields));
     end(norm);
     end(gate);

@@ -124,11 +124,17 @@ def add(network: Any, x: Any, y: Any) -> Any:
     return network.add_elementwise(x, y, ELEMENT.SUM)
 
 
-def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, index: int) -> Any:
-    factor = out(network.add_slice(scales, (index, 0), (1, scales.shape[1]), (1, 1)))
-    factor = out(shuffled(network, factor, shape=(scales.shape[1], 1, 1, 1)))
-    scaled = out(network.add_elementwise(residual, factor, ELEMENT.PROD))
-    joined = network.add_concatenation([x, out(network.add_elementwise(skip, scaled, ELEMENT.SUM))])
+def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, *of_x: Any, index: int, x_index: int) -> Any:
+    assert len(of_x) == (x_index >= 0)
+
+    def summed(to: Any, residual: Any, line: int) -> Any:
+        factor = out(network.add_slice(scales, (line, 0), (1, to.shape[0]), (1, 1)))
+        factor = out(shuffled(network, factor, shape=(to.shape[0], 1, 1, 1)))
+        scaled = out(network.add_elementwise(residual, factor, ELEMENT.PROD))
+        return out(network.add_elementwise(to, scaled, ELEMENT.SUM))
+
+    x = summed(x, of_x[0], x_index) if of_x else x
+    joined = network.add_concatenation([x, summed(skip, residual, index)])
     joined.axis = 1
     return joined
 

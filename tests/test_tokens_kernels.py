@@ -24,6 +24,7 @@ SHAPES = [
     LayerNorm(37, 320), LayerNorm(8, 640), LayerNorm(5, 1280), LayerNorm(3, 2048), LayerNorm(1, 8), LayerNorm(9, 264),
     Geglu(5, 1280), Geglu(3, 2560), Geglu(2, 5120), Geglu(7, 8), Geglu(1, 1272), Sum(3, 1280), Sum(1, 8), Sum(255, 64),
     Join(2, 24, 1280, 1280), Join(2, 7, 320, 640), Join(1, 1, 8, 8), Join(3, 5, 64, 8),
+    Join(2, 24, 1280, 1280, True), Join(3, 5, 64, 8, True),
 ]  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_a_mean_that_dwarfs_the_deviation(emulator: Any) -> None:
         ("at >= p.count", "at >= p.count - kWidth", Sum(3, 64)),
         ("position / p.positions", "0", Join(2, 3, 8, 16)),
         ("position * p.second + at - p.first", "position * p.second", Join(2, 3, 8, 16)),
+        ("of_x ? p.x_scales : p.scales", "p.scales", Join(2, 3, 8, 16, True)),
     ],
 )
 def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu | Sum | Join) -> None:
@@ -94,8 +96,9 @@ def test_a_step_has_sixteen_sums_and_twelve_skips() -> None:
         Sum(1536, 320): 2, Sum(3072, 320): 2, Sum(768, 640): 2, Sum(192, 1280): 2, Sum(48, 1280): 8,
     }  # fmt: skip
     assert {one: count for one, count in counts.items() if isinstance(one, Join)} == {
-        Join(2, 24, 1280, 1280): 3, Join(2, 96, 1280, 1280): 2, Join(2, 96, 1280, 640): 1, Join(2, 384, 1280, 640): 1,
-        Join(2, 384, 640, 640): 1, Join(2, 384, 640, 320): 1, Join(2, 1536, 640, 320): 1, Join(2, 1536, 320, 320): 2,
+        Join(2, 24, 1280, 1280, True): 1, Join(2, 24, 1280, 1280): 2, Join(2, 96, 1280, 1280): 2,
+        Join(2, 96, 1280, 640): 1, Join(2, 384, 1280, 640): 1, Join(2, 384, 640, 640): 1, Join(2, 384, 640, 320): 1,
+        Join(2, 1536, 640, 320): 1, Join(2, 1536, 320, 320): 2,
     }  # fmt: skip
 
 
@@ -109,7 +112,7 @@ def test_the_bench_times_them(
     output = tmp_path / "attention.json"
     assert bench.main(["--library", "lib.so", "--output", str(output)]) == 0
     rows = json.loads(output.read_text())["between"]
-    join = {"batch": 2, "positions": 384, "first": 640, "second": 320, "tokens": 768, "channels": 960}
+    join = {"batch": 2, "positions": 384, "first": 640, "second": 320, "both": False, "tokens": 768, "channels": 960}
     assert {"what": "Join", **join, "count": 1, "kernel": 2.0} in rows
     assert sum(row["count"] for row in rows) == 69 + 23 + 16 + 12
     assert "Join" in capsys.readouterr().out
@@ -128,10 +131,10 @@ def test_the_builder_gives_sums_and_skips_to_the_plugins(monkeypatch: pytest.Mon
         found[Sum(batch * h * w, channels)] += 1
         return plugin_stand_ins.add(network, a, b)
 
-    def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, index: int) -> Any:
+    def join(network: Any, x: Any, skip: Any, *rest: Any, index: int, x_index: int) -> Any:
         batch, channels, h, w = x.shape
-        found[Join(batch, h * w, channels, skip.shape[1])] += 1
-        return plugin_stand_ins.join(network, x, skip, residual, scales, index)
+        found[Join(batch, h * w, channels, skip.shape[1], x_index >= 0)] += 1
+        return plugin_stand_ins.join(network, x, skip, *rest, index=index, x_index=x_index)
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAdd", add)

@@ -230,17 +230,16 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
     guidance = stage.input("guidance", (1,), np.float32)
 
     net = stage.net(config.prefix)
-    if stage.batch < stage.shape.batch:
-        scales = chunk(net.float32(), scales, 2, 1)[0]
     joins: list[Join]
     if net.flavour.has_residual_plugins(net.options):
-        (last,) = scale_rows(net, residuals[-1:], scales, len(skips))
-        joins = [partial(own_join, s, r, scales, i) for i, (s, r) in enumerate(zip(skips, residuals, strict=False))]
+        joins = [partial(own_join, i, skip, residuals, scales) for i, skip in enumerate(skips)]
     else:
+        if stage.batch < stage.shape.batch:
+            scales = chunk(net.float32(), scales, 2, 1)[0]
         *scaled, last = scale_rows(net, residuals, scales)
         sums = (add(net, s, r, f"add_residual{i}") for i, (s, r) in enumerate(zip(skips, scaled, strict=True)))
         joins = [partial(join, one) for one in sums]
-    middle = add(net, middle, last, f"add_residual{len(skips)}")
+        middle = add(net, middle, last, f"add_residual{len(skips)}")
     return decode(net, config, joins, middle, rows, kv), reshape(net.float32(), guidance, (1, 1, 1, 1), what="guidance")
 
 
@@ -250,10 +249,15 @@ def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> trt.ITensor:
 
 
 def own_join(
-    skip: trt.ITensor, residual: trt.ITensor, scales: trt.ITensor, i: int, net: Net, x: trt.ITensor
+    i: int, skip: trt.ITensor, residuals: Sequence[trt.ITensor], scales: trt.ITensor, net: Net, x: trt.ITensor
 ) -> trt.ITensor:  # fmt: skip
-    """`join` with a skip to which our plugin adds line i of scales (residuals, B) times the residual (B, D, h, w)."""
-    return own(net, JOIN, [x, skip, residual, scales], "concat", index=i)
+    """`join` by our plugin, which adds line i of scales (residuals, B) times residual i (B, D, h, w) to the skip.
+
+    The last skip is put behind the middle block's output, to which the plugin adds the last residual likewise.
+    """
+    last = len(residuals) - 1
+    of_x, x_index = (residuals[last:], last) if i == last - 1 else ([], -1)
+    return own(net, JOIN, [x, skip, residuals[i], scales, *of_x], "concat", index=i, x_index=x_index)
 
 
 def update(stage: Stage, e: trt.ITensor) -> None:
@@ -270,11 +274,11 @@ def update(stage: Stage, e: trt.ITensor) -> None:
     stage.output("x_next", add(exact, x_next, noise, "add_noise"), np.float32)
 
 
-def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor, first: int = 0) -> list[trt.ITensor]:
-    """Each tensor (B, C, h, w) times its line of `scales`, from line `first` on: one factor per row of the batch."""
+def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor) -> list[trt.ITensor]:
+    """Each tensor (B, C, h, w) times its line of `scales`: one factor per row of the batch."""
     count, batch = scales.shape
-    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)[first:]
-    return [mul(net, t, f, f"scale{first + i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
+    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)
+    return [mul(net, t, f, f"scale{i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
 
 
 def vae_decoder(stage: Stage) -> None:

@@ -28,12 +28,14 @@ struct CannyAdd {
     int64_t count;
 };
 
-// y = (x, skip + scale·residual) side by side, where each row of the batch has a scale.
+// y = (x, skip + scale·residual) side by side, where each row of the batch has a scale; x may have a residual, too.
 struct CannyJoin {
-    const void* x;         // (batch, positions, first), first a multiple of 8
-    const void* skip;      // (batch, positions, second), second a multiple of 8
-    const void* residual;  // as skip
-    const float* scales;   // (batch)
-    void* y;               // (batch, positions, first + second)
+    const void* x;           // (batch, positions, first), first a multiple of 8
+    const void* skip;        // (batch, positions, second), second a multiple of 8
+    const void* residual;    // as skip
+    const float* scales;     // (batch), of the residual
+    const void* x_residual;  // as x, or null
+    const float* x_scales;   // (batch), of x_residual
+    void* y;                 // (batch, positions, first + second)
     int32_t batch, positions, first, second;
 };

@@ -99,17 +99,14 @@ __global__ void __launch_bounds__(kGateThreads) join(const CannyJoin p) {
     wait_for_previous();
     int64_t position = i / vectors;
     int32_t at = int32_t(i - position * vectors) * kWidth;
+    bool of_x = at < p.first;
+    const void *base = of_x ? p.x : p.skip, *added = of_x ? p.x_residual : p.residual;
+    int64_t from = of_x ? position * p.first + at : position * p.second + at - p.first;
     Vector<__half> y, residual;
-    if (at < p.first) {
-        y.load(static_cast<const __half*>(p.x) + position * p.first + at);
-    } else {
-        int64_t from = position * p.second + at - p.first;
-        float scale = p.scales[position / p.positions];
-        y.load(static_cast<const __half*>(p.skip) + from);
-        residual.load(static_cast<const __half*>(p.residual) + from);
-#pragma unroll
-        for (int k = 0; k < kWidth; k++)
-            from_float(to_float(y.value[k]) + scale * to_float(residual.value[k]), y.value[k]);
+    y.load(static_cast<const __half*>(base) + from);
+    if (added != nullptr) {
+        residual.load(static_cast<const __half*>(added) + from);
+        add_scaled(y, (of_x ? p.x_scales : p.scales)[position / p.positions], residual);
     }
     y.store(static_cast<__half*>(p.y) + position * both + at);
 }

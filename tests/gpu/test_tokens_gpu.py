@@ -16,7 +16,7 @@ CONFIG, SHAPE = ModelConfig.load("sd15"), Shape(256, 384, 1)
 NETWORKS = [*between(attentions(CONFIG, SHAPE)), *residuals(CONFIG, SHAPE)]
 OTHERS = [
     LayerNorm(1, 8), LayerNorm(5, 2048), LayerNorm(3, 264), Geglu(1, 8), Geglu(7, 1272), Sum(1, 8), Join(3, 5, 8, 64),
-    Join(1, 1536, 320, 320),
+    Join(1, 1536, 320, 320), Join(3, 5, 8, 64, True),
 ]  # fmt: skip
 
 
