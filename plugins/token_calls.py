@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from plugins.call import OnGpu
+from plugins.call import GroupNorm, OnGpu
 from runtime.engine import check, cuda_runtime
 
 
@@ -45,6 +45,18 @@ class CannyJoin(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "x_residual", "x_scales", "y")),
         *((name, ctypes.c_int32) for name in ("batch", "positions", "first", "second")),
+    ]
+
+
+class CannyJoinNorm(ctypes.Structure):
+    """The structure of the same name in group_norm/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "x_residual", "x_scales", "joined")),
+        *((name, ctypes.c_void_p) for name in ("gamma", "beta", "y", "workspace")),
+        *((name, ctypes.c_int32) for name in ("batch", "positions", "first", "second", "groups", "silu")),
+        ("epsilon", ctypes.c_float),
+        ("max_cluster", ctypes.c_int32),
     ]
 
 
@@ -172,6 +184,55 @@ class Join:
     def call(self) -> CannyJoin:
         """The call, without addresses."""
         return CannyJoin(batch=self.batch, positions=self.positions, first=self.first, second=self.second)
+
+
+@dataclass(frozen=True)
+class JoinNorm:
+    """A join, and GroupNorm with SiLU after it or not of what it makes."""
+
+    join: Join
+    groups: int = 32
+    silu: bool = True
+    epsilon: float = 1e-5
+
+    @property
+    def norm(self) -> GroupNorm:
+        """The GroupNorm, of a map one position wide."""
+        join = self.join
+        return GroupNorm(join.batch, join.channels, join.positions, 1, self.groups, self.epsilon, self.silu)
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Those of the join, gamma and beta."""
+        norm = self.norm.arrays(seed=seed)
+        return self.join.arrays(mean, seed) | {name: norm[name] for name in ("gamma", "beta")}
+
+    def expected(self, arrays: Mapping[str, np.ndarray], joined: np.ndarray) -> np.ndarray:
+        """y (tokens, channels) in float64, of what was joined."""
+        x = joined.reshape(self.join.batch, self.join.positions, -1).transpose(0, 2, 1)[..., None]
+        y = self.norm.expected({**arrays, "x": x})
+        return y[..., 0].transpose(0, 2, 1).reshape(self.join.tokens, self.join.channels)
+
+    def memory(self, library: Any, arrays: Mapping[str, np.ndarray], call: CannyJoinNorm) -> dict[str, np.ndarray]:
+        """What lies in memory: the arrays, `joined`, y and the workspace."""
+        empty = np.full((self.join.tokens, self.join.channels), np.nan, np.float16)
+        library.canny_join_norm_workspace.restype = ctypes.c_uint64
+        workspace = np.full(int(library.canny_join_norm_workspace(ctypes.byref(call))), 255, np.uint8)
+        return {**arrays, "joined": empty, "y": empty.copy(), "workspace": workspace}
+
+    def call(self, max_cluster: int) -> CannyJoinNorm:
+        """The call, without addresses."""
+        join = self.join
+        return CannyJoinNorm(
+            batch=join.batch, positions=join.positions, first=join.first, second=join.second, groups=self.groups,
+            silu=self.silu, epsilon=self.epsilon, max_cluster=max_cluster,
+        )  # fmt: skip
+
+
+def join_norm_on_gpu(library: Any, what: JoinNorm, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A join and its GroupNorm on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    call = what.call(library.canny_max_cluster())
+    return OnGpu(library.canny_join_norm, call, what.memory(library, arrays, call), lambda y: y)
 
 
 def tokens_on_gpu(library: Any, what: LayerNorm | Geglu | Sum | Join, arrays: Mapping[str, np.ndarray]) -> OnGpu:

@@ -58,7 +58,15 @@ Plugin* create(Creator& creator, Given& given) {
     return static_cast<Plugin*>(creator.createPlugin("norm", given.collection()));
 }
 Plugin& build_side(Plugin& plugin) { return plugin; }
-size_t workspace(Plugin& plugin, Desc* in) { return plugin.getWorkspaceSize(in, 4, in + 4, 1); }
+size_t workspace(Plugin& plugin, Desc* in, int32_t inputs = 4) {
+    return plugin.getWorkspaceSize(in, inputs, in + inputs, 1);
+}
+// How many there are, all of this type where the first input is.
+int32_t outputs(Plugin& plugin, DataType type) {
+    int32_t count = plugin.getNbOutputs();
+    for (int32_t i = 0; i < count; i++) MUST(plugin.getOutputDataType(i, &type, 1) == type);
+    return count;
+}
 void end(Plugin* plugin) { plugin->destroy(); }
 
 void serialise(Creator& creator, Plugin& plugin) {
@@ -97,7 +105,17 @@ Plugin* create(Creator& creator, Given& given) {
 IPluginV3OneBuild& build_side(Plugin& plugin) {
     return *static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
 }
-size_t workspace(Plugin& plugin, Desc* in) { return build_side(plugin).getWorkspaceSize(in, 4, in + 4, 1); }
+size_t workspace(Plugin& plugin, Desc* in, int32_t inputs = 4) {
+    return build_side(plugin).getWorkspaceSize(in, inputs, in + inputs, 1);
+}
+// How many there are, all of this type where the first input is.
+int32_t outputs(Plugin& plugin, DataType type) {
+    int32_t count = build_side(plugin).getNbOutputs();
+    std::vector<DataType> types(count);
+    MUST(build_side(plugin).getOutputDataTypes(types.data(), count, &type, 1) == 0);
+    for (DataType one : types) MUST(one == type);
+    return count;
+}
 void end(Plugin* plugin) { delete plugin; }
 
 void serialise(Creator& creator, Plugin& plugin) {
@@ -150,7 +168,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 7 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 8 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -302,7 +320,7 @@ int main(int, char** arguments) {
     auto& layer_norm = *static_cast<Creator*>(entry(count)[2]);
     auto& geglu = *static_cast<Creator*>(entry(count)[3]);
     auto& sum = *static_cast<Creator*>(entry(count)[4]);
-    MUST(count == 7 && !std::strcmp(sum.getPluginName(), "CannyAdd"));
+    MUST(!std::strcmp(sum.getPluginName(), "CannyAdd"));
     MUST(!std::strcmp(layer_norm.getPluginName(), "CannyLayerNorm"));
     MUST(!std::strcmp(geglu.getPluginName(), "CannyGeglu"));
     Given fields;
@@ -443,6 +461,42 @@ int main(int, char** arguments) {
     describe(1, dims({2, 320, 8, 6}), half, last8);
     configure(*both, tensors, false, 5);
     end(both);
+    auto& join_norm = *static_cast<Creator*>(entry(count)[7]);
+    MUST(!std::strcmp(join_norm.getPluginName(), "CannyJoinNorm") && join_norm.getFieldNames()->nbFields == 6);
+    auto of_join = fields.fields;
+    fields.epsilon = 1e-5f;
+    fields.fields.insert(fields.fields.end(), {given.fields[1], given.fields[2], given.fields[4]});
+    Plugin* in_one = create(join_norm, fields);
+    MUST(in_one && outputs(*in_one, half) == 2);
+    tensors.resize(9);
+    auto parts = [&](int32_t first, int32_t second, int32_t scale) {
+        describe(0, dims({2, first, 32, 48}), half, last8);
+        for (int i : {1, 2}) describe(i, dims({2, second, 32, 48}), half, last8);
+        describe(3, dims({13, 2}), single, linear);
+        describe(4, dims({2, first, 32, 48}), half, last8);
+        for (int i : {5, 6}) describe(i, dims({scale}), single, linear);
+        for (int i : {7, 8}) describe(i, dims({2, first + second, 32, 48}), half, last8);
+    };
+    parts(640, 320, 960);
+    for (int32_t i = 0; i < 9; i++) MUST(build_side(*in_one).supportsFormatCombination(i, tensors.data(), 7, 2));
+    MUST(!build_side(*in_one).supportsFormatCombination(0, tensors.data(), 7, 1));
+    configure(*in_one, tensors, true, 7);
+    MUST(workspace(*in_one, tensors.data(), 7) > 0);  // where there are no clusters
+    parts(640, 320, 640);
+    configure(*in_one, tensors, false, 7);
+    parts(640, 312, 952);
+    configure(*in_one, tensors, false, 7);  // 32 groups do not divide it
+    parts(640, 320, 960);
+    describe(8, inner(tensors[8]).dims, half, linear);
+    MUST(!build_side(*in_one).supportsFormatCombination(8, tensors.data(), 7, 2));
+    describe(5, dims({960}), half, linear);
+    MUST(!build_side(*in_one).supportsFormatCombination(5, tensors.data(), 7, 2));
+    end(in_one);
+    int32_t none = 0;
+    fields.fields[3] = {"groups", &none, PluginFieldType::kINT32, 1};
+    MUST(!create(join_norm, fields));
+    fields.fields = of_join;
+    MUST(!create(join_norm, fields));
     tensors = kept;
     x_index = -2;
     MUST(!create(join, fields));

@@ -7,7 +7,7 @@ import pytest
 import tensorrt_rtx as trt
 
 from plugins import load as loading
-from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, LAYER_NORM
+from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.random_weights import random_weights
@@ -139,6 +139,24 @@ def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, *of_x: Any
     return joined
 
 
+class Several:
+    """What passes for a layer with these outputs."""
+
+    name = ""
+
+    def __init__(self, *outputs: Any) -> None:
+        self.outputs = outputs
+
+    def get_output(self, i: int) -> Any:
+        return self.outputs[i]
+
+
+def join_norm(network: Any, *inputs: Any, index: int, x_index: int, **fields: Any) -> Any:
+    *of_join, scale, bias = inputs
+    joined = out(join(network, *of_join, index=index, x_index=x_index))
+    return Several(joined, out(group_norm(network, joined, scale, bias, row=0, **fields)))
+
+
 HELD: list[Any] = []  # TensorRT keeps no weights itself
 
 
@@ -193,6 +211,6 @@ def normalised(network: Any, x: Any, y: Any, weight_sums: Any, bias: Any, epsilo
 
 
 MAKE: dict[str, Any] = {
-    ADD: add, JOIN: join, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu,
-    ATTENTION: attention,
+    ADD: add, JOIN: join, JOIN_NORM: join_norm, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm,
+    GEGLU: geglu, ATTENTION: attention,
 }  # fmt: skip

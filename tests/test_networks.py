@@ -224,7 +224,13 @@ def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any
     assert blocks and added.count("CannyLayerNorm") == 3 * blocks and added.count("CannyAttention") == 2 * blocks
     assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 4) == (conv == "own")
     assert conv == "own" or ("CannyAdd" in added) == ("decoder" not in stage)
-    assert ("CannyJoin" in added) == ("decoder" in stage)
+    assert ("CannyJoinNorm" in added) == ("decoder" in stage) and "CannyJoin" not in added
+
+
+def test_joins_without_our_group_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = plugin_stand_ins.use(monkeypatch)
+    check("unet_decoder", "tiny", SMALL, Options("fp32", residual="own"))
+    assert "CannyJoin" in added and "CannyJoinNorm" not in added
 
 
 def test_our_plugins_alone_read_the_scales(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import JOIN
+from plugins.load import JOIN, JOIN_NORM
 from runtime.steps import COND
 from trt_builder.clip import text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
@@ -22,6 +22,8 @@ from trt_builder.control import residuals
 from trt_builder.flavour import Flavour
 from trt_builder.hint import hint_block
 from trt_builder.layers import (
+    GROUP_NORM_EPSILON,
+    GROUPS,
     Net,
     add,
     chunk,
@@ -32,9 +34,11 @@ from trt_builder.layers import (
     match_batch,
     mul,
     own,
+    own_outputs,
     permute,
     reshape,
     scalar,
+    scale_and_bias,
     silu,
     sub,
 )
@@ -243,21 +247,30 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
     return decode(net, config, joins, middle, rows, kv), reshape(net.float32(), guidance, (1, 1, 1, 1), what="guidance")
 
 
-def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> trt.ITensor:
+def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> tuple[trt.ITensor, None]:
     """x (B, C, h, w) and a skip (B, D, h, w) behind it: (B, C + D, h, w)."""
-    return concat(net, [x, skip], 1)
+    return concat(net, [x, skip], 1), None
 
 
 def own_join(
     i: int, skip: trt.ITensor, residuals: Sequence[trt.ITensor], scales: trt.ITensor, net: Net, x: trt.ITensor
-) -> trt.ITensor:  # fmt: skip
+) -> tuple[trt.ITensor, trt.ITensor | None]:  # fmt: skip
     """`join` by our plugin, which adds line i of scales (residuals, B) times residual i (B, D, h, w) to the skip.
 
-    The last skip is put behind the middle block's output, to which the plugin adds the last residual likewise.
+    The last skip is put behind the middle block's output, to which the plugin adds the last residual likewise. Where
+    our GroupNorm serves, the one that the block begins with, and its SiLU, are done by the same plugin.
     """
     last = len(residuals) - 1
     of_x, x_index = (residuals[last:], last) if i == last - 1 else ([], -1)
-    return own(net, JOIN, [x, skip, residuals[i], scales, *of_x], "concat", index=i, x_index=x_index)
+    inputs, channels = [x, skip, residuals[i], scales, *of_x], x.shape[1] + skip.shape[1]
+    if net.flavour.group_norm_plugin(channels, x.shape[0], net.options) != "own":
+        return own(net, JOIN, inputs, "concat", index=i, x_index=x_index), None
+    norm = net.at("in_layers.0")
+    joined, normed = own_outputs(
+        norm, JOIN_NORM, [*inputs, *scale_and_bias(norm, channels)], 2, "concat", index=i, x_index=x_index,
+        groups=GROUPS, silu=1, epsilon=GROUP_NORM_EPSILON,
+    )  # fmt: skip
+    return joined, normed
 
 
 def update(stage: Stage, e: trt.ITensor) -> None:

@@ -1,6 +1,7 @@
 // The plugins for TensorRT 8.6, each an IPluginV2DynamicExt.
 #include "../attention/op.h"
 #include "../conv/op.h"
+#include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
 
@@ -22,7 +23,7 @@ public:
 
     AsciiChar const* getPluginType() const noexcept override { return Op::name; }
     AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
-    int32_t getNbOutputs() const noexcept override { return 1; }
+    int32_t getNbOutputs() const noexcept override { return kOutputs<Op>; }
     void terminate() noexcept override {}
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(AsciiChar const* space) noexcept override { namespace_ = space; }
@@ -135,8 +136,9 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::AddOp> add;
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
+    static canny::Creator<canny::JoinNormOp> join_norm;
     static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                         &add,        &conv,      &join};
-    count = 7;
+                                                         &add,        &conv,      &join, &join_norm};
+    count = 8;
     return creators;
 }

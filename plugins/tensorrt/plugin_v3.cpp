@@ -1,6 +1,9 @@
 // The plugins for TensorRT 10 and newer, each an IPluginV3.
+#include <algorithm>
+
 #include "../attention/op.h"
 #include "../conv/op.h"
+#include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
 
@@ -40,18 +43,18 @@ public:
     AsciiChar const* getPluginName() const noexcept override { return Op::name; }
     AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
-    int32_t getNbOutputs() const noexcept override { return 1; }
+    int32_t getNbOutputs() const noexcept override { return kOutputs<Op>; }
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &stored_.all; }
 
     int32_t getOutputDataTypes(DataType* out, int32_t, DataType const* in, int32_t) const noexcept override {
-        out[0] = in[0];
+        std::fill_n(out, kOutputs<Op>, in[0]);
         return 0;
     }
 
     int32_t getOutputShapes(
         DimsExprs const* in, int32_t, DimsExprs const*, int32_t, DimsExprs* out, int32_t, IExprBuilder& build
     ) noexcept override {
-        out[0] = Op::output(fields_, in, build);
+        std::fill_n(out, kOutputs<Op>, Op::output(fields_, in, build));
         return 0;
     }
 
@@ -81,11 +84,14 @@ public:
     }
 
     size_t getWorkspaceSize(
-        DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t
+        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t
     ) const noexcept override {
-        PluginTensorDesc largest = in[0].desc;
-        largest.dims = in[0].max;
-        return Op::workspace(fields_, &largest);
+        PluginTensorDesc largest[kMostTensors] = {};
+        for (int32_t i = 0; i < inputs && i < kMostTensors; i++) {
+            largest[i] = in[i].desc;
+            largest[i].dims = in[i].max;
+        }
+        return Op::workspace(fields_, largest);
     }
 
     int32_t enqueue(
@@ -137,8 +143,9 @@ CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
     static canny::Creator<canny::AddOp> add;
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
+    static canny::Creator<canny::JoinNormOp> join_norm;
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                                  &add,        &conv,      &join};
-    count = 7;
+                                                                  &add,        &conv,      &join, &join_norm};
+    count = 8;
     return creators;
 }

@@ -35,9 +35,7 @@ struct LayerNormOp {
     }
 
     static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
-        if (pos == 0 || pos == 3) return is_token_map(tensors[pos]);
-        return tensors[pos].type == nvinfer1::DataType::kFLOAT &&
-               tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
+        return pos == 0 || pos == 3 ? is_token_map(tensors[pos]) : is_plain_float(tensors[pos]);
     }
 
     static std::string shape_fault(const Fields&, const Tensor* in) {
@@ -168,9 +166,7 @@ struct JoinOp {
     }
 
     static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
-        if (pos != 3) return is_token_map(tensors[pos]);
-        return tensors[pos].type == nvinfer1::DataType::kFLOAT &&
-               tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
+        return pos == 3 ? is_plain_float(tensors[pos]) : is_token_map(tensors[pos]);
     }
 
     static std::string shape_fault(const Fields& f, const Tensor* in) {
@@ -196,19 +192,25 @@ struct JoinOp {
     static int32_t enqueue(
         const Fields& f, int32_t, const Tensor* in, const void* const* from, void* to, void*, cudaStream_t stream
     ) {
-        const nvinfer1::Dims &x = in[0].dims, &skip = in[1].dims;
+        CannyJoin call = call_of(f, in, from);
+        call.y = to;
+        return canny_join(&call, stream);
+    }
+
+    // The call without the address of y.
+    static CannyJoin call_of(const Fields& f, const Tensor* in, const void* const* from) {
+        const nvinfer1::Dims& x = in[0].dims;
         const float* scales = static_cast<const float*>(from[3]);
         CannyJoin call{from[0], from[1], from[2], scales + f.index * in[3].dims.d[1]};
         if (f.x_index >= 0) {
             call.x_residual = from[4];
             call.x_scales = scales + f.x_index * in[3].dims.d[1];
         }
-        call.y = to;
         call.batch = int32_t(x.d[0]);
         call.positions = int32_t(x.d[2] * x.d[3]);
         call.first = int32_t(x.d[1]);
-        call.second = int32_t(skip.d[1]);
-        return canny_join(&call, stream);
+        call.second = int32_t(in[1].dims.d[1]);
+        return call;
     }
 };
 
