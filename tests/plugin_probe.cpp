@@ -168,7 +168,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 8 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 9 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -495,6 +495,39 @@ int main(int, char** arguments) {
     int32_t none = 0;
     fields.fields[3] = {"groups", &none, PluginFieldType::kINT32, 1};
     MUST(!create(join_norm, fields));
+    fields.fields = {given.fields[0]};
+    auto& end_of_step = *static_cast<Creator*>(entry(count)[8]);
+    MUST(!std::strcmp(end_of_step.getPluginName(), "CannyUpdate"));
+    Plugin* update = create(end_of_step, fields);
+    MUST(update && outputs(*update, single) == 3);
+    tensors.resize(10);
+    auto latents = [&](DataType type, TensorFormat format) {
+        for (int i : {0, 3, 4, 5, 7, 8, 9}) describe(i, dims({1, 4, 32, 48}), single, linear);
+        describe(1, dims({2, 4, 32, 48}), type, format);
+        describe(2, dims({1}), single, linear);
+        describe(6, dims({4}), single, linear);
+        for (int32_t i = 0; i < 10; i++)
+            if (!build_side(*update).supportsFormatCombination(i, tensors.data(), 7, 3)) return false;
+        return true;
+    };
+    MUST(latents(half, last8) && latents(half, linear) && latents(single, linear));
+    MUST(!latents(single, last) && !latents(half, last) && !latents(DataType::kINT8, linear));
+    MUST(latents(half, last8));
+    MUST(!build_side(*update).supportsFormatCombination(1, tensors.data(), 7, 2));
+    configure(*update, tensors, true, 7);
+    for (auto wrong : {dims({1, 4, 32, 48}), dims({2, 4, 32, 24}), dims({2, 4, 32})}) {
+        latents(half, last8);
+        describe(1, wrong, half, last8);
+        configure(*update, tensors, false, 7);
+    }
+    for (int i : {2, 5, 6}) {
+        latents(half, last8);
+        describe(i, dims({2}), single, linear);
+        configure(*update, tensors, false, 7);
+    }
+    describe(7, dims({1, 4, 32, 48}), half, linear);
+    MUST(!build_side(*update).supportsFormatCombination(7, tensors.data(), 7, 3));
+    end(update);
     fields.fields = of_join;
     MUST(!create(join_norm, fields));
     tensors = kept;

@@ -7,7 +7,7 @@ import pytest
 import tensorrt_rtx as trt
 
 from plugins import load as loading
-from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM
+from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM, UPDATE
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.random_weights import random_weights
@@ -157,6 +157,23 @@ def join_norm(network: Any, *inputs: Any, index: int, x_index: int, **fields: An
     return Several(joined, out(group_norm(network, joined, scale, bias, row=0, **fields)))
 
 
+def update(network: Any, x: Any, both: Any, guidance: Any, e1: Any, e2: Any, noise: Any, coefficients: Any) -> Any:
+    def one(what: str, a: Any, b: Any) -> Any:
+        return out(network.add_elementwise(a, b, getattr(ELEMENT, what)))
+
+    def of(numbers: Any, i: int) -> Any:
+        return out(shuffled(network, out(network.add_slice(numbers, (i,), (1,), (1,))), shape=(1, 1, 1, 1)))
+
+    shape = tuple(x.shape)
+    cond, uncond = (out(network.add_slice(both, (i * shape[0], 0, 0, 0), shape, (1, 1, 1, 1))) for i in (0, 1))
+    difference = one("SUB", cond, uncond)
+    e = one("SUM", uncond, one("PROD", of(guidance, 0), difference))
+    x_next = noise
+    for i, term in enumerate((x, e, e1, e2)):
+        x_next = one("SUM", x_next, one("PROD", of(coefficients, i), term))
+    return Several(e, difference, x_next)
+
+
 HELD: list[Any] = []  # TensorRT keeps no weights itself
 
 
@@ -212,5 +229,5 @@ def normalised(network: Any, x: Any, y: Any, weight_sums: Any, bias: Any, epsilo
 
 MAKE: dict[str, Any] = {
     ADD: add, JOIN: join, JOIN_NORM: join_norm, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm,
-    GEGLU: geglu, ATTENTION: attention,
+    GEGLU: geglu, ATTENTION: attention, UPDATE: update,
 }  # fmt: skip

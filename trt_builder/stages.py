@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import JOIN, JOIN_NORM
+from plugins.load import JOIN, JOIN_NORM, UPDATE
 from runtime.steps import COND
 from trt_builder.clip import text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
@@ -205,10 +205,17 @@ def unet_decoder(stage: Stage) -> None:
     x' = a·x + b0·e + b1·e1 + b2·e2 + noise. `difference` is what guidance multiplies, cond less uncond.
     """
     both, guidance = output_half(stage)
-    exact = stage.net(stage.config.unet.prefix).float32()
+    net = stage.net(stage.config.unet.prefix)
+    exact = net.float32()
+    if net.flavour.has_residual_plugins(net.options):
+        x, *others = update_inputs(stage)
+        made = own_outputs(exact, UPDATE, [x, both, guidance, *others], 3, "update")
+        for name, y in zip(("e", "difference", "x_next"), made, strict=True):
+            stage.output(name, y, np.float32)
+        return
     cond, uncond = chunk(exact, exact.cast(both), 2, 0)
     difference = sub(exact, cond, uncond)
-    e = add(exact, uncond, mul(exact, guidance, difference, "amplified"), "guided")
+    e = add(exact, uncond, mul(exact, number(exact, guidance), difference, "amplified"), "guided")
     stage.output("e", e, np.float32)
     stage.output("difference", difference, np.float32)
     update(stage, e)
@@ -218,6 +225,7 @@ def unet_decoder_cond(stage: Stage) -> None:
     """As `unet_decoder`, but of the prompt's half alone: it takes the last `difference` (N, 4, h, w) and keeps it."""
     cond, guidance = output_half(stage)
     exact = stage.net(stage.config.unet.prefix).float32()
+    guidance = number(exact, guidance)
     rest = sub(exact, guidance, scalar(exact, guidance, 1.0), "guidance_less_one")
     e = add(exact, exact.cast(cond), mul(exact, rest, stage.latent("difference"), "amplified"), "guided")
     stage.output("e", e, np.float32)
@@ -225,7 +233,7 @@ def unet_decoder_cond(stage: Stage) -> None:
 
 
 def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
-    """The UNet's output half of skips and middle with the scaled residuals added (rows, 4, h, w), and the guidance."""
+    """The UNet's output half of skips and middle with the scaled residuals added (rows, 4, h, w); the guidance (1)."""
     config = stage.config.unet
     *skips, middle = stage.maps("skip", "middle")
     residuals = stage.maps("residual", f"residual{len(skips)}")
@@ -244,7 +252,12 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
         sums = (add(net, s, r, f"add_residual{i}") for i, (s, r) in enumerate(zip(skips, scaled, strict=True)))
         joins = [partial(join, one) for one in sums]
         middle = add(net, middle, last, f"add_residual{len(skips)}")
-    return decode(net, config, joins, middle, rows, kv), reshape(net.float32(), guidance, (1, 1, 1, 1), what="guidance")
+    return decode(net, config, joins, middle, rows, kv), guidance
+
+
+def number(net: Net, guidance: trt.ITensor) -> trt.ITensor:
+    """The guidance (1) as it multiplies maps."""
+    return reshape(net, guidance, (1, 1, 1, 1), what="guidance")
 
 
 def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> tuple[trt.ITensor, None]:
@@ -273,11 +286,16 @@ def own_join(
     return joined, normed
 
 
+def update_inputs(stage: Stage) -> list[trt.ITensor]:
+    """The inputs `x`, `e1`, `e2`, `noise` (N, 4, h, w) and `coefficients` (4,)."""
+    latents = [stage.latent(name) for name in ("x", "e1", "e2", "noise")]
+    return [*latents, stage.input("coefficients", (4,), np.float32)]
+
+
 def update(stage: Stage, e: trt.ITensor) -> None:
     """The output `x_next`: x after the steps that the coefficients stand for."""
     exact = stage.net(stage.config.unet.prefix).float32()
-    x, e1, e2, noise = (stage.latent(name) for name in ("x", "e1", "e2", "noise"))
-    coefficients = stage.input("coefficients", (4,), np.float32)
+    x, e1, e2, noise, coefficients = update_inputs(stage)
     factors = chunk(exact, reshape(exact, coefficients, (4, 1, 1, 1), what="coefficients"), 4, 0)
     names = ("a_x", "b_e", "b_e1", "b_e2")
     a_x, *others = (mul(exact, c, t, n) for c, t, n in zip(factors, (x, e, e1, e2), names, strict=True))

@@ -4,6 +4,7 @@
 #include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
+#include "../tokens/update_op.h"
 
 #if NV_TENSORRT_MAJOR != 8
 #error "plugin_v2.cpp is for TensorRT 8.6; plugin_v3.cpp is for 10 and newer"
@@ -137,8 +138,9 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
     static canny::Creator<canny::JoinNormOp> join_norm;
+    static canny::Creator<canny::UpdateOp> update;
     static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                         &add,        &conv,      &join, &join_norm};
-    count = 8;
+                                                         &add,        &conv,      &join, &join_norm, &update};
+    count = 9;
     return creators;
 }

@@ -6,6 +6,7 @@
 #include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
+#include "../tokens/update_op.h"
 
 #if NV_TENSORRT_MAJOR < 10
 #error "plugin_v3.cpp is for TensorRT 10 and newer; plugin_v2.cpp is for 8.6"
@@ -144,8 +145,9 @@ CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
     static canny::Creator<canny::JoinNormOp> join_norm;
+    static canny::Creator<canny::UpdateOp> update;
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                                  &add,        &conv,      &join, &join_norm};
-    count = 8;
+                                                                  &add,        &conv,      &join, &join_norm, &update};
+    count = 9;
     return creators;
 }
