@@ -174,7 +174,8 @@ def test_the_bench_times_them(
     assert bench.main(["--library", "lib.so", "--output", str(output)]) == 0
     rows = json.loads(output.read_text())["between"]
     join = {"batch": 2, "positions": 384, "first": 640, "second": 320, "both": False, "tokens": 768, "channels": 960}
-    assert {"what": "Join", **join, "count": 1, "kernel": 2.0} in rows
+    assert {"what": "Join", **join, "count": 1, "kernel": 2.0, "norm": 2.0, "with_norm": 2.0} in rows
+    assert all((row["with_norm"] is None) == (row["what"] != "Join") for row in rows)
     assert sum(row["count"] for row in rows) == 69 + 23 + 16 + 12
     assert "Join" in capsys.readouterr().out
 
