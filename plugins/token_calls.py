@@ -65,7 +65,7 @@ class CannyUpdate(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "both", "guidance", "e1", "e2", "noise", "coefficients")),
-        *((name, ctypes.c_void_p) for name in ("e", "difference", "x_next")),
+        *((name, ctypes.c_void_p) for name in ("kept", "e", "difference", "x_next")),
         *((name, ctypes.c_int32) for name in ("samples", "channels", "positions", "half", "pitch")),
     ]
 
@@ -250,30 +250,45 @@ class Update:
     """The end of a step of x (samples, channels, positions), of what the UNet made of twice as many rows.
 
     layout: of that: "half" or "float" in this order, or "by eights": half, channels-last.
+    cond: it made the prompt's half alone; the difference is kept.
     """
 
     samples: int
     channels: int
     positions: int
     layout: Literal["half", "float", "by eights"] = "half"
+    cond: bool = False
 
-    results = ("e", "difference", "x_next")
+    @property
+    def rows(self) -> int:
+        """What the UNet made."""
+        return self.samples * (1 if self.cond else 2)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what is made."""
+        return ("e", "x_next") if self.cond else ("e", "difference", "x_next")
 
     def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Random inputs of standard deviation 1."""
         rng = np.random.default_rng(seed)
         shape = self.samples, self.channels, self.positions
-        made = {name: rng.standard_normal(shape, np.float32) for name in ("x", "e1", "e2", "noise")}
-        both = rng.standard_normal((2 * self.samples, *shape[1:]), np.float32)
+        names = ("x", "e1", "e2", "noise", *(("kept",) if self.cond else ()))
+        made = {name: rng.standard_normal(shape, np.float32) for name in names}
+        both = rng.standard_normal((self.rows, *shape[1:]), np.float32)
         numbers = {"guidance": np.full(1, 7.3, np.float32), "coefficients": rng.standard_normal(4, np.float32)}
         return made | {"both": both.astype(np.float32 if self.layout == "float" else np.float16)} | numbers
 
     def expected(self, arrays: Mapping[str, np.ndarray], dtype: Any = np.float64) -> dict[str, np.ndarray]:
         """e, difference and x_next, computed in a type."""
         of = {name: array.astype(dtype) for name, array in arrays.items()}
-        cond, uncond = np.split(of["both"], 2)
-        difference = cond - uncond
-        e = uncond + of["guidance"] * difference
+        if self.cond:
+            difference = of["kept"]
+            e = of["both"] + (of["guidance"] - dtype(1)) * difference
+        else:
+            cond, uncond = np.split(of["both"], 2)
+            difference = cond - uncond
+            e = uncond + of["guidance"] * difference
         a, b0, b1, b2 = of["coefficients"]
         x_next = a * of["x"] + b0 * e + b1 * of["e1"] + b2 * of["e2"] + of["noise"]
         return {"e": e, "difference": difference, "x_next": x_next}
@@ -282,7 +297,7 @@ class Update:
         """What lies in memory; channels that there are not are no numbers."""
         memory = {**arrays, **{name: np.full_like(arrays["x"], np.nan) for name in self.results}}
         if self.layout == "by eights":
-            shape = 2 * self.samples, self.positions, self.call().pitch
+            shape = self.rows, self.positions, self.call().pitch
             memory["both"] = np.full(shape, np.nan, np.float16)
             memory["both"][..., : self.channels] = arrays["both"].transpose(0, 2, 1)
         return memory

@@ -495,7 +495,8 @@ int main(int, char** arguments) {
     int32_t none = 0;
     fields.fields[3] = {"groups", &none, PluginFieldType::kINT32, 1};
     MUST(!create(join_norm, fields));
-    fields.fields = {given.fields[0]};
+    int32_t cond = 0;
+    fields.fields = {given.fields[0], {"cond", &cond, PluginFieldType::kINT32, 1}};
     auto& end_of_step = *static_cast<Creator*>(entry(count)[8]);
     MUST(!std::strcmp(end_of_step.getPluginName(), "CannyUpdate"));
     Plugin* update = create(end_of_step, fields);
@@ -528,6 +529,19 @@ int main(int, char** arguments) {
     describe(7, dims({1, 4, 32, 48}), half, linear);
     MUST(!build_side(*update).supportsFormatCombination(7, tensors.data(), 7, 3));
     end(update);
+    cond = 1;
+    update = create(end_of_step, fields);
+    MUST(update && outputs(*update, single) == 2);
+    latents(half, last8);
+    describe(1, dims({1, 4, 32, 48}), half, last8);
+    for (int32_t i = 0; i < 10; i++)
+        MUST(build_side(*update).supportsFormatCombination(i, tensors.data(), 8, 2));
+    configure(*update, tensors, true, 8);
+    describe(7, dims({2, 4, 32, 48}), single, linear);
+    configure(*update, tensors, false, 8);
+    end(update);
+    cond = 2;
+    MUST(!create(end_of_step, fields));
     fields.fields = of_join;
     MUST(!create(join_norm, fields));
     tensors = kept;

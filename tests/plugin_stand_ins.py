@@ -157,7 +157,10 @@ def join_norm(network: Any, *inputs: Any, index: int, x_index: int, **fields: An
     return Several(joined, out(group_norm(network, joined, scale, bias, row=0, **fields)))
 
 
-def update(network: Any, x: Any, both: Any, guidance: Any, e1: Any, e2: Any, noise: Any, coefficients: Any) -> Any:
+def update(network: Any, x: Any, both: Any, guidance: Any, e1: Any, e2: Any, noise: Any, coefficients: Any,
+           *kept: Any, cond: int) -> Any:  # fmt: skip
+    assert len(kept) == cond
+
     def one(what: str, a: Any, b: Any) -> Any:
         return out(network.add_elementwise(a, b, getattr(ELEMENT, what)))
 
@@ -165,13 +168,16 @@ def update(network: Any, x: Any, both: Any, guidance: Any, e1: Any, e2: Any, noi
         return out(shuffled(network, out(network.add_slice(numbers, (i,), (1,), (1,))), shape=(1, 1, 1, 1)))
 
     shape = tuple(x.shape)
-    cond, uncond = (out(network.add_slice(both, (i * shape[0], 0, 0, 0), shape, (1, 1, 1, 1))) for i in (0, 1))
-    difference = one("SUB", cond, uncond)
-    e = one("SUM", uncond, one("PROD", of(guidance, 0), difference))
+    if kept:  # cond + guidance·difference - difference
+        difference, least = kept[0], one("SUB", both, kept[0])
+    else:
+        first, least = (out(network.add_slice(both, (i * shape[0], 0, 0, 0), shape, (1, 1, 1, 1))) for i in (0, 1))
+        difference = one("SUB", first, least)
+    e = one("SUM", least, one("PROD", of(guidance, 0), difference))
     x_next = noise
     for i, term in enumerate((x, e, e1, e2)):
         x_next = one("SUM", x_next, one("PROD", of(coefficients, i), term))
-    return Several(e, difference, x_next)
+    return Several(e, x_next, difference)
 
 
 HELD: list[Any] = []  # TensorRT keeps no weights itself

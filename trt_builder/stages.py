@@ -208,11 +208,7 @@ def unet_decoder(stage: Stage) -> None:
     net = stage.net(stage.config.unet.prefix)
     exact = net.float32()
     if net.flavour.has_residual_plugins(net.options):
-        x, *others = update_inputs(stage)
-        made = own_outputs(exact, UPDATE, [x, both, guidance, *others], 3, "update")
-        for name, y in zip(("e", "difference", "x_next"), made, strict=True):
-            stage.output(name, y, np.float32)
-        return
+        return own_update(stage, both, guidance)
     cond, uncond = chunk(exact, exact.cast(both), 2, 0)
     difference = sub(exact, cond, uncond)
     e = add(exact, uncond, mul(exact, number(exact, guidance), difference, "amplified"), "guided")
@@ -224,10 +220,13 @@ def unet_decoder(stage: Stage) -> None:
 def unet_decoder_cond(stage: Stage) -> None:
     """As `unet_decoder`, but of the prompt's half alone: it takes the last `difference` (N, 4, h, w) and keeps it."""
     cond, guidance = output_half(stage)
-    exact = stage.net(stage.config.unet.prefix).float32()
+    net, difference = stage.net(stage.config.unet.prefix), stage.latent("difference")
+    if net.flavour.has_residual_plugins(net.options):
+        return own_update(stage, cond, guidance, difference)
+    exact = net.float32()
     guidance = number(exact, guidance)
     rest = sub(exact, guidance, scalar(exact, guidance, 1.0), "guidance_less_one")
-    e = add(exact, exact.cast(cond), mul(exact, rest, stage.latent("difference"), "amplified"), "guided")
+    e = add(exact, exact.cast(cond), mul(exact, rest, difference, "amplified"), "guided")
     stage.output("e", e, np.float32)
     update(stage, e)
 
@@ -284,6 +283,20 @@ def own_join(
         groups=GROUPS, silu=1, epsilon=GROUP_NORM_EPSILON,
     )  # fmt: skip
     return joined, normed
+
+
+def own_update(
+    stage: Stage, made: trt.ITensor, guidance: trt.ITensor, difference: trt.ITensor | None = None
+) -> None:  # fmt: skip
+    """The outputs of `unet_decoder` by our plugin, of what the output half made; or of `unet_decoder_cond`."""
+    x, *others = update_inputs(stage)
+    kept = [] if difference is None else [difference]
+    inputs, names = [x, made, guidance, *others, *kept], ["e", "x_next", "difference"][: 3 - len(kept)]
+    net = stage.net(stage.config.unet.prefix)
+    outputs = own_outputs(net, UPDATE, inputs, len(names), "update", cond=len(kept))
+    by_name = dict(zip(names, outputs, strict=True))
+    for name in ("e", *names[2:], "x_next"):  # in the order of the twin
+        stage.output(name, by_name[name], np.float32)
 
 
 def update_inputs(stage: Stage) -> list[trt.ITensor]:

@@ -14,7 +14,6 @@ struct JoinNormOp {
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyJoinNorm";
-    static constexpr int32_t outputs = 2;  // what is joined, and GroupNorm of it
     static constexpr std::array<Field, 6> fields{
         {{"version", false, offsetof(Fields, version)},
          {"index", false, offsetof(Fields, index)},
@@ -31,6 +30,8 @@ struct JoinNormOp {
 
     // Those of CannyJoin, and GroupNorm's scale and bias.
     static int32_t inputs(const Fields& f) { return JoinOp::inputs(join_of(f)) + 2; }
+
+    static int32_t outputs(const Fields&) { return 2; }  // what is joined, and GroupNorm of it
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         return JoinOp::output(join_of(f), in, build);

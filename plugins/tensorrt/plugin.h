@@ -2,7 +2,7 @@
 //
 // A plugin is a type `Op` with a struct `Fields` whose first member is `version`, the table `fields` of its members,
 // and functions of what TensorRT asks; plugin_v2.cpp and plugin_v3.cpp give it to TensorRT. It has one output, of the type
-// of its first input; with a member `outputs` as many, all of one type and shape, and `enqueue` gets all their addresses.
+// of its first input; with a function `outputs` as many, all of one type and shape, and `enqueue` gets all their addresses.
 #pragma once
 
 #include <array>
@@ -30,9 +30,17 @@ struct Field {
 };
 
 template <typename Op, typename = void>
-constexpr int32_t kOutputs = 1;
+constexpr bool kSeveralOutputs = false;
 template <typename Op>
-constexpr int32_t kOutputs<Op, std::void_t<decltype(Op::outputs)>> = Op::outputs;
+constexpr bool kSeveralOutputs<Op, std::void_t<decltype(&Op::outputs)>> = true;
+
+template <typename Op>
+int32_t outputs_of(const typename Op::Fields& fields) {
+    if constexpr (kSeveralOutputs<Op>)
+        return Op::outputs(fields);
+    else
+        return 1;
+}
 
 // TensorRT's logger, which it names when it loads the library.
 inline nvinfer1::ILoggerFinder* logger_finder = nullptr;
@@ -123,7 +131,7 @@ bool supports(
     const typename Op::Fields& fields, int32_t pos, const nvinfer1::PluginTensorDesc* tensors, int32_t inputs,
     int32_t outputs
 ) {
-    return inputs == Op::inputs(fields) && outputs == kOutputs<Op> && pos >= 0 && pos < inputs + outputs &&
+    return inputs == Op::inputs(fields) && outputs == outputs_of<Op>(fields) && pos >= 0 && pos < inputs + outputs &&
            Op::supports(fields, pos, tensors);
 }
 
@@ -135,10 +143,10 @@ int32_t enqueue(
 ) {
     if (!max_cluster) max_cluster = canny_max_cluster();
     int32_t error = 0;
-    if constexpr (kOutputs<Op> == 1)
-        error = Op::enqueue(fields, max_cluster, in, from, to[0], workspace, stream);
-    else
+    if constexpr (kSeveralOutputs<Op>)
         error = Op::enqueue(fields, max_cluster, in, from, to, workspace, stream);
+    else
+        error = Op::enqueue(fields, max_cluster, in, from, to[0], workspace, stream);
     if (error) complain<Op>("its kernel was not launched: " + std::string(cudaGetErrorString(cudaError_t(error))));
     return error;
 }

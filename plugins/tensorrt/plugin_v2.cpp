@@ -24,7 +24,7 @@ public:
 
     AsciiChar const* getPluginType() const noexcept override { return Op::name; }
     AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
-    int32_t getNbOutputs() const noexcept override { return kOutputs<Op>; }
+    int32_t getNbOutputs() const noexcept override { return outputs_of<Op>(fields_); }
     void terminate() noexcept override {}
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(AsciiChar const* space) noexcept override { namespace_ = space; }

@@ -44,18 +44,18 @@ public:
     AsciiChar const* getPluginName() const noexcept override { return Op::name; }
     AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
-    int32_t getNbOutputs() const noexcept override { return kOutputs<Op>; }
+    int32_t getNbOutputs() const noexcept override { return outputs_of<Op>(fields_); }
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &stored_.all; }
 
     int32_t getOutputDataTypes(DataType* out, int32_t, DataType const* in, int32_t) const noexcept override {
-        std::fill_n(out, kOutputs<Op>, in[0]);
+        std::fill_n(out, outputs_of<Op>(fields_), in[0]);
         return 0;
     }
 
     int32_t getOutputShapes(
         DimsExprs const* in, int32_t, DimsExprs const*, int32_t, DimsExprs* out, int32_t, IExprBuilder& build
     ) noexcept override {
-        std::fill_n(out, kOutputs<Op>, Op::output(fields_, in, build));
+        std::fill_n(out, outputs_of<Op>(fields_), Op::output(fields_, in, build));
         return 0;
     }
 

@@ -125,11 +125,14 @@ __global__ void __launch_bounds__(kGateThreads) update(const CannyUpdate p) {
     auto number = [&](int64_t k) {
         return p.half ? to_float(static_cast<const __half*>(p.both)[k]) : static_cast<const float*>(p.both)[k];
     };
-    float cond = number(at), uncond = number(at + apart), x = p.x[i], e1 = p.e1[i], e2 = p.e2[i], noise = p.noise[i];
+    bool alone = p.kept != nullptr;
+    float cond = number(at), other = alone ? p.kept[i] : number(at + apart), guidance = *p.guidance;
+    float x = p.x[i], e1 = p.e1[i], e2 = p.e2[i], noise = p.noise[i];
     const float* b = p.coefficients;
-    float difference = cond - uncond, e = uncond + *p.guidance * difference;
+    float difference = alone ? other : cond - other;
+    float e = alone ? cond + (guidance - 1.f) * difference : other + guidance * difference;
     float x_next = b[0] * x + b[1] * e + b[2] * e1 + b[3] * e2 + noise;
-    p.difference[i] = difference;
+    if (!alone) p.difference[i] = difference;
     p.e[i] = e;
     p.x_next[i] = x_next;
 }

@@ -9,39 +9,44 @@ namespace canny {
 
 struct UpdateOp {
     struct Fields {
-        int32_t version = kFieldsVersion;
+        int32_t version = kFieldsVersion, cond = 0;  // cond: of the prompt's half alone
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyUpdate";
-    static constexpr int32_t outputs = 3;  // e, difference, x_next, as x
-    static constexpr std::array<Field, 1> fields{{{"version", false, offsetof(Fields, version)}}};
+    static constexpr std::array<Field, 2> fields{
+        {{"version", false, offsetof(Fields, version)}, {"cond", false, offsetof(Fields, cond)}}
+    };
 
-    static std::string fault(const Fields&) { return ""; }
+    static std::string fault(const Fields& f) { return no_switch("cond", f.cond); }
 
-    // x (N, C, h, w), both (2·N, C, h, w), guidance (1), e1, e2 and noise as x, coefficients (4).
-    static int32_t inputs(const Fields&) { return 7; }
+    // x (N, C, h, w), both (2·N, C, h, w), or cond (N, C, h, w), guidance (1), e1, e2 and noise as x, coefficients (4);
+    // with cond the last difference, as x.
+    static int32_t inputs(const Fields& f) { return 7 + f.cond; }
+
+    // e, x_next and, but with cond, difference, as x.
+    static int32_t outputs(const Fields& f) { return 3 - f.cond; }
 
     static nvinfer1::DimsExprs output(const Fields&, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder&) {
         return in[0];
     }
 
-    // `both` as a convolution leaves it, which TensorRT would else convert; all others in float.
+    // The second as a convolution leaves it, which TensorRT would else convert; all others in float.
     static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
         const Tensor& it = tensors[pos];
         bool half = it.type == nvinfer1::DataType::kHALF && it.format == nvinfer1::TensorFormat::kLINEAR;
         return is_plain_float(it) || (pos == 1 && (half || is_token_map(it)));
     }
 
-    static std::string shape_fault(const Fields&, const Tensor* in) {
+    static std::string shape_fault(const Fields& f, const Tensor* in) {
         const nvinfer1::Dims& x = in[0].dims;
-        nvinfer1::Dims half = in[1].dims;
+        nvinfer1::Dims made = x;
+        made.d[0] *= 2 - f.cond;
         if (x.nbDims != 4) return "x must have the shape (N, C, h, w)";
-        if (half.nbDims != 4 || half.d[0] != 2 * x.d[0]) return "its second input must have twice the rows of x";
-        half.d[0] = x.d[0];
-        if (!same_shape(half, x)) return "its second input must have the channels and the size of x";
-        for (int32_t i : {3, 4, 5})
-            if (!same_shape(in[i].dims, x)) return "e1, e2 and noise must have the shape of x";
+        if (!same_shape(in[1].dims, made))
+            return "its second input must have the shape of x, with " + std::to_string(made.d[0]) + " rows";
+        for (int32_t i : {3, 4, 5, 7})
+            if (i < inputs(f) && !same_shape(in[i].dims, x)) return "e1, e2, noise and difference must have the shape of x";
         if (in[2].dims.nbDims != 1 || in[2].dims.d[0] != 1) return "guidance must have the shape (1)";
         return in[6].dims.nbDims == 1 && in[6].dims.d[0] == 4 ? "" : "coefficients must have the shape (4)";
     }
@@ -50,13 +55,16 @@ struct UpdateOp {
 
     // Enqueue the kernel; returns 0 or a cudaError_t.
     static int32_t enqueue(
-        const Fields&, int32_t, const Tensor* in, const void* const* from, void* const* to, void*, cudaStream_t stream
+        const Fields& f, int32_t, const Tensor* in, const void* const* from, void* const* to, void*, cudaStream_t stream
     ) {
         auto input = [&](int32_t i) { return static_cast<const float*>(from[i]); };
         auto output = [&](int32_t i) { return static_cast<float*>(to[i]); };
         const nvinfer1::Dims& x = in[0].dims;
-        CannyUpdate call{input(0), from[1],  input(2),  input(3),  input(4),
-                         input(5), input(6), output(0), output(1), output(2)};
+        CannyUpdate call{input(0), from[1], input(2), input(3), input(4), input(5), input(6)};
+        call.kept = f.cond ? input(7) : nullptr;
+        call.e = output(0);
+        call.x_next = output(1);
+        call.difference = f.cond ? nullptr : output(2);
         call.samples = int32_t(x.d[0]);
         call.channels = int32_t(x.d[1]);
         call.positions = int32_t(x.d[2] * x.d[3]);

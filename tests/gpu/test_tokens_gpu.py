@@ -37,8 +37,9 @@ def test_against_float64_and_the_same_bits_every_time(
 
 @pytest.mark.parametrize("layout", ["half", "float", "by eights"])
 @pytest.mark.parametrize("shape", [(1, 4, 1536), (2, 4, 1536), (3, 12, 35)], ids=str)
-def test_the_end_of_a_step(library: Any, shape: tuple[int, int, int], layout: Any) -> None:
-    what = Update(*shape, layout)
+@pytest.mark.parametrize("cond", [False, True])
+def test_the_end_of_a_step(library: Any, shape: tuple[int, int, int], layout: Any, cond: bool) -> None:
+    what = Update(*shape, layout, cond)
     arrays = what.arrays()
     expected = what.expected(arrays)
     with update_on_gpu(library, what, arrays) as on_gpu:
