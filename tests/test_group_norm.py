@@ -180,7 +180,7 @@ def emulate_join(
 def join_errors(library: Any, what: JoinNorm, **how: Any) -> float:
     """The larger relative error against float64; GroupNorm is that of the numbers that are written."""
     joined, y, arrays = emulate_join(library, what, **how)
-    return max(error(joined, what.join.expected(arrays)), error(y, what.expected(arrays, joined)))
+    return float(np.max([error(joined, what.join.expected(arrays)), error(y, what.expected(arrays, joined))]))
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
