@@ -1,8 +1,9 @@
 // What TensorRT's plugins share: their fields, and where they say what is wrong.
 //
 // A plugin is a type `Op` with a struct `Fields` whose first member is `version`, the table `fields` of its members,
-// and functions of what TensorRT asks; plugin_v2.cpp and plugin_v3.cpp give it to TensorRT. It has one output, of the type
-// of its first input; with a function `outputs` as many, all of one type and shape, and `enqueue` gets all their addresses.
+// and functions of what TensorRT asks; plugin_v2.cpp and plugin_v3.cpp give it to TensorRT. It has one output, of the
+// type of its first input; with a function `outputs` as many as that says, all of this type and of one shape, and
+// `enqueue` gets all their addresses.
 #pragma once
 
 #include <array>

@@ -135,7 +135,7 @@ struct AddOp {
     }
 };
 
-// What the UNet's output half begins each block with: a skip with ControlNet's residual behind x, which may have one, too.
+// What the UNet's output half begins each block with: a skip and its residual of ControlNet behind x, which may have one.
 struct JoinOp {
     struct Fields {
         // Lines of scales: of the skip's residual, and of x's, -1 without one.

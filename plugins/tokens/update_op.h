@@ -46,7 +46,8 @@ struct UpdateOp {
         if (!same_shape(in[1].dims, made))
             return "its second input must have the shape of x, with " + std::to_string(made.d[0]) + " rows";
         for (int32_t i : {3, 4, 5, 7})
-            if (i < inputs(f) && !same_shape(in[i].dims, x)) return "e1, e2, noise and difference must have the shape of x";
+            if (i < inputs(f) && !same_shape(in[i].dims, x))
+                return "e1, e2, noise and difference must have the shape of x";
         if (in[2].dims.nbDims != 1 || in[2].dims.d[0] != 1) return "guidance must have the shape (1)";
         return in[6].dims.nbDims == 1 && in[6].dims.d[0] == 4 ? "" : "coefficients must have the shape (4)";
     }
