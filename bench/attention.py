@@ -1,5 +1,6 @@
 """`python -m bench.attention`: our attention at every shape of the networks, PyTorch's where it sees a GPU; and what
-lies between attentions, products and convolutions: LayerNorm, the gate of GEGLU, ResBlocks' sums, joined skips.
+lies between attentions, products and convolutions: LayerNorm, the gate of GEGLU, ResBlocks' sums, joined skips. With
+these the GroupNorm behind them is timed, too: alone (`norm`), and in one launch with the join (`with_norm`).
 
 Needs the compiled plugins (`python -m plugins build`) and cuda-python; TensorRT only to find the library, which
 --library names as well, for an interpreter that has PyTorch instead. Each is timed as a CUDA graph of several calls.
@@ -21,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.group_norm import LAUNCHES, add_shape, graph_us
-from plugins.call import Attention, OnGpu, attention_on_gpu, error, open_library
+from plugins.call import Attention, GroupNorm, OnGpu, attention_on_gpu, error, group_norm_on_gpu, open_library
 from plugins.load import library_path
-from plugins.token_calls import Geglu, Join, LayerNorm, Sum, tokens_on_gpu
+from plugins.token_calls import Geglu, Join, JoinNorm, LayerNorm, Sum, join_norm_on_gpu, tokens_on_gpu
 from runtime.engine import gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, Layer, ModelConfig, Shape, UNetConfig
@@ -102,14 +103,18 @@ def residuals(config: ModelConfig, shape: Shape) -> Counter[Sum | Join]:
     for layer, (batch, h, w), _ in placed(blocks, shape, max(config.unet.scales), shape.batch):
         if layer.prefix in ours:
             skip = ours[layer.prefix]
-            found[Join(batch, h * w, layer.channels - skip, skip)] += 1
+            # The first one's x is the middle block's output, which has a residual.
+            first = layer.prefix == blocks[0][0].prefix
+            found[Join(batch, h * w, layer.channels - skip, skip, first)] += 1
     return found
 
 
 def on_gpu_of(library: Any, what: Any, arrays: Any) -> OnGpu:
     """Any of them on the GPU."""
-    put = attention_on_gpu if isinstance(what, Attention) else tokens_on_gpu
-    return put(library, what, arrays)
+    if isinstance(what, GroupNorm):
+        return group_norm_on_gpu(library, what, arrays, overlap=True)
+    puts: dict[type, Any] = {Attention: attention_on_gpu, JoinNorm: join_norm_on_gpu}
+    return puts.get(type(what), tokens_on_gpu)(library, what, arrays)
 
 
 def kernel_us(library: Any, what: Any, replays: int) -> float:
@@ -121,6 +126,13 @@ def kernel_us(library: Any, what: Any, replays: int) -> float:
                 on_gpu.launch(stream)
 
         return graph_us(several, replays) / LAUNCHES
+
+
+def with_norm_us(library: Any, what: Any, replays: int) -> dict[str, float | None]:
+    """Microseconds of the GroupNorm behind a join, and of both in one launch; None where it is no join."""
+    both = JoinNorm(what) if isinstance(what, Join) else None
+    parts = {"norm": both and both.norm, "with_norm": both}
+    return {name: kernel_us(library, part, replays) if part else None for name, part in parts.items()}
 
 
 def torch_us(attention: Attention, replays: int) -> float | None:
@@ -180,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "channels": one.channels,
                 "count": count,
                 "kernel": kernel_us(library, one, options.replays),
+                **with_norm_us(library, one, options.replays),
             }
             for one, count in others
         ]
@@ -218,10 +231,11 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
 def between_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What was measured of the rest, for people."""
     view = Table(title="Between them, µs each")
-    for column in ("what", "tokens", "channels", "times", "kernel"):
+    for column in ("what", "tokens", "channels", "times", "kernel", "norm", "with norm"):
         view.add_column(column, justify="right")
     for row in rows:
-        view.add_row(*(str(row[key]) for key in ("what", "tokens", "channels", "count")), f"{row['kernel']:.2f}")
+        times = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("kernel", "norm", "with_norm"))
+        view.add_row(*(str(row[key]) for key in ("what", "tokens", "channels", "count")), *times)
     view.add_row("sum", "", "", "", f"{sum(row['count'] * row['kernel'] for row in rows):.0f}", style="bold")
     return view
 

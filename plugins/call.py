@@ -160,7 +160,7 @@ class OnGpu:
     ) -> None:
         self.call, self._function, self._unpack, self._cuda = call, function, unpack, cuda_runtime()
         self._held: list[int] = []
-        self._result = memory["y"]
+        self._memory = memory
         try:
             for name, array in memory.items():
                 address = int(check(self._cuda.cudaMalloc(max(16, array.nbytes))))
@@ -178,13 +178,13 @@ class OnGpu:
         if number:
             raise PluginError(f"the kernel was not launched: CUDA's error {number}.")
 
-    def result(self) -> np.ndarray:
-        """y, once the GPU is done."""
+    def result(self, name: str = "y") -> np.ndarray:
+        """y, or another of the arrays, once the GPU is done."""
         check(self._cuda.cudaDeviceSynchronize())
-        stored = np.empty_like(self._result)
+        stored = np.empty_like(self._memory[name])
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        check(self._cuda.cudaMemcpy(stored.ctypes.data, self.call.y, stored.nbytes, kind))  # type: ignore[attr-defined]
-        return self._unpack(stored)
+        check(self._cuda.cudaMemcpy(stored.ctypes.data, getattr(self.call, name), stored.nbytes, kind))
+        return self._unpack(stored) if name == "y" else stored
 
     def close(self) -> None:
         """Free the memory."""

@@ -1,4 +1,4 @@
-"""What lies between convolutions and products, called as in `plugins.call`: LayerNorm, GEGLU's gate, sums, skips."""
+"""What lies between convolutions and products, and the end of a step, called as in `plugins.call`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from plugins.call import OnGpu
+from plugins.call import GroupNorm, OnGpu
 from runtime.engine import check, cuda_runtime
 
 
@@ -43,8 +43,30 @@ class CannyJoin(ctypes.Structure):
     """The structure of the same name in tokens/call.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "x_residual", "x_scales", "y")),
         *((name, ctypes.c_int32) for name in ("batch", "positions", "first", "second")),
+    ]
+
+
+class CannyJoinNorm(ctypes.Structure):
+    """The structure of the same name in group_norm/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "residual", "scales", "x_residual", "x_scales", "joined")),
+        *((name, ctypes.c_void_p) for name in ("gamma", "beta", "y", "workspace")),
+        *((name, ctypes.c_int32) for name in ("batch", "positions", "first", "second", "groups", "silu")),
+        ("epsilon", ctypes.c_float),
+        ("max_cluster", ctypes.c_int32),
+    ]
+
+
+class CannyUpdate(ctypes.Structure):
+    """The structure of the same name in tokens/call.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "both", "guidance", "e1", "e2", "noise", "coefficients")),
+        *((name, ctypes.c_void_p) for name in ("kept", "e", "difference", "x_next")),
+        *((name, ctypes.c_int32) for name in ("samples", "channels", "positions", "half", "pitch")),
     ]
 
 
@@ -127,12 +149,16 @@ class Sum:
 
 @dataclass(frozen=True)
 class Join:
-    """x (batch, positions, first) and behind it skip + scale·residual (batch, positions, second), in half precision."""
+    """x (batch, positions, first) and behind it skip + scale·residual (batch, positions, second), in half precision.
+
+    both: whether x has a residual with scales, too.
+    """
 
     batch: int
     positions: int
     first: int
     second: int
+    both: bool = False
 
     function = "canny_join"
 
@@ -147,22 +173,148 @@ class Join:
         return self.first + self.second
 
     def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random x of a mean, skip, residual and scales (batch), of standard deviation 1."""
+        """Random x of a mean, skip, residuals and their scales (batch), of standard deviation 1."""
         rng = np.random.default_rng(seed)
         widths = {"x": self.first, "skip": self.second, "residual": self.second}
+        widths |= {"x_residual": self.first} if self.both else {}
         made = {name: rng.standard_normal((self.tokens, width), np.float32) for name, width in widths.items()}
         made["x"] += np.float32(mean)
-        scales = rng.standard_normal(self.batch, np.float32)
-        return {name: array.astype(np.float16) for name, array in made.items()} | {"scales": scales}
+        names = ("scales", "x_scales") if self.both else ("scales",)
+        scales = {name: rng.standard_normal(self.batch, np.float32) for name in names}
+        return {name: array.astype(np.float16) for name, array in made.items()} | scales
 
     def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """y (tokens, channels) in float64."""
-        x, skip, residual = (arrays[name].astype(np.float64) for name in ("x", "skip", "residual"))
-        return np.concatenate([x, skip + np.repeat(arrays["scales"], self.positions)[:, None] * residual], axis=1)
+        x, y = (arrays[name].astype(np.float64) for name in ("x", "skip"))
+        y += np.repeat(arrays["scales"], self.positions)[:, None] * arrays["residual"]
+        if self.both:
+            x += np.repeat(arrays["x_scales"], self.positions)[:, None] * arrays["x_residual"]
+        return np.concatenate([x, y], axis=1)
 
     def call(self) -> CannyJoin:
         """The call, without addresses."""
         return CannyJoin(batch=self.batch, positions=self.positions, first=self.first, second=self.second)
+
+
+@dataclass(frozen=True)
+class JoinNorm:
+    """A join, and GroupNorm with SiLU after it or not of what it makes."""
+
+    join: Join
+    groups: int = 32
+    silu: bool = True
+    epsilon: float = 1e-5
+
+    @property
+    def norm(self) -> GroupNorm:
+        """The GroupNorm, of a map one position wide."""
+        join = self.join
+        return GroupNorm(join.batch, join.channels, join.positions, 1, self.groups, self.epsilon, self.silu)
+
+    def arrays(self, mean: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+        """Those of the join, gamma and beta."""
+        norm = self.norm.arrays(seed=seed)
+        return self.join.arrays(mean, seed) | {name: norm[name] for name in ("gamma", "beta")}
+
+    def expected(self, arrays: Mapping[str, np.ndarray], joined: np.ndarray) -> np.ndarray:
+        """y (tokens, channels) in float64, of what was joined."""
+        x = joined.reshape(self.join.batch, self.join.positions, -1).transpose(0, 2, 1)[..., None]
+        y = self.norm.expected({**arrays, "x": x})
+        return y[..., 0].transpose(0, 2, 1).reshape(self.join.tokens, self.join.channels)
+
+    def memory(self, library: Any, arrays: Mapping[str, np.ndarray], call: CannyJoinNorm) -> dict[str, np.ndarray]:
+        """What lies in memory: the arrays, `joined`, y and the workspace."""
+        empty = np.full((self.join.tokens, self.join.channels), np.nan, np.float16)
+        library.canny_join_norm_workspace.restype = ctypes.c_uint64
+        workspace = np.full(int(library.canny_join_norm_workspace(ctypes.byref(call))), 255, np.uint8)
+        return {**arrays, "joined": empty, "y": empty.copy(), "workspace": workspace}
+
+    def call(self, max_cluster: int) -> CannyJoinNorm:
+        """The call, without addresses."""
+        join = self.join
+        return CannyJoinNorm(
+            batch=join.batch, positions=join.positions, first=join.first, second=join.second, groups=self.groups,
+            silu=self.silu, epsilon=self.epsilon, max_cluster=max_cluster,
+        )  # fmt: skip
+
+
+def join_norm_on_gpu(library: Any, what: JoinNorm, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """A join and its GroupNorm on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    call = what.call(library.canny_max_cluster())
+    return OnGpu(library.canny_join_norm, call, what.memory(library, arrays, call), lambda y: y)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The end of a step of x (samples, channels, positions), of what the UNet made of twice as many rows.
+
+    layout: of that: "half" or "float" in this order, or "by eights": half, channels-last.
+    cond: it made the prompt's half alone; the difference is kept.
+    """
+
+    samples: int
+    channels: int
+    positions: int
+    layout: Literal["half", "float", "by eights"] = "half"
+    cond: bool = False
+
+    @property
+    def rows(self) -> int:
+        """What the UNet made."""
+        return self.samples * (1 if self.cond else 2)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what is made."""
+        return ("e", "x_next") if self.cond else ("e", "difference", "x_next")
+
+    def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random inputs of standard deviation 1."""
+        rng = np.random.default_rng(seed)
+        shape = self.samples, self.channels, self.positions
+        names = ("x", "e1", "e2", "noise", *(("kept",) if self.cond else ()))
+        made = {name: rng.standard_normal(shape, np.float32) for name in names}
+        both = rng.standard_normal((self.rows, *shape[1:]), np.float32)
+        numbers = {"guidance": np.full(1, 7.3, np.float32), "coefficients": rng.standard_normal(4, np.float32)}
+        return made | {"both": both.astype(np.float32 if self.layout == "float" else np.float16)} | numbers
+
+    def expected(self, arrays: Mapping[str, np.ndarray], dtype: Any = np.float64) -> dict[str, np.ndarray]:
+        """e, difference and x_next, computed in a type."""
+        of = {name: array.astype(dtype) for name, array in arrays.items()}
+        if self.cond:
+            difference = of["kept"]
+            e = of["both"] + (of["guidance"] - dtype(1)) * difference
+        else:
+            cond, uncond = np.split(of["both"], 2)
+            difference = cond - uncond
+            e = uncond + of["guidance"] * difference
+        a, b0, b1, b2 = of["coefficients"]
+        x_next = a * of["x"] + b0 * e + b1 * of["e1"] + b2 * of["e2"] + of["noise"]
+        return {"e": e, "difference": difference, "x_next": x_next}
+
+    def memory(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What lies in memory; channels that there are not are no numbers."""
+        memory = {**arrays, **{name: np.full_like(arrays["x"], np.nan) for name in self.results}}
+        if self.layout == "by eights":
+            shape = self.rows, self.positions, self.call().pitch
+            memory["both"] = np.full(shape, np.nan, np.float16)
+            memory["both"][..., : self.channels] = arrays["both"].transpose(0, 2, 1)
+        return memory
+
+    def call(self) -> CannyUpdate:
+        """The call, without addresses."""
+        pitch = -(-self.channels // 8) * 8 if self.layout == "by eights" else 0
+        return CannyUpdate(
+            samples=self.samples, channels=self.channels, positions=self.positions, half=self.layout != "float",
+            pitch=pitch,
+        )  # fmt: skip
+
+
+def update_on_gpu(library: Any, what: Update, arrays: Mapping[str, np.ndarray]) -> OnGpu:
+    """The end of a step on the GPU."""
+    check(cuda_runtime().cudaFree(0))
+    return OnGpu(library.canny_update, what.call(), what.memory(arrays), lambda y: y)
 
 
 def tokens_on_gpu(library: Any, what: LayerNorm | Geglu | Sum | Join, arrays: Mapping[str, np.ndarray]) -> OnGpu:

@@ -25,7 +25,7 @@ def compile_emulator(folder: Path, kernels: Path, source: str, optimise: str = "
     library = folder / "libemulated.so"
     flags = f"-std=c++17 {optimise} -fno-strict-aliasing -Wall -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE".split()
     flags += ["-shared", "-fPIC"]
-    include = [f"-I{TESTS}", f"-I{kernels}"]
+    include = [f"-I{TESTS}", f"-I{kernels}", f"-I{kernels.parent}"]
     command = [compiler, *flags, *include, str(TESTS / source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -34,12 +34,10 @@ def compile_emulator(folder: Path, kernels: Path, source: str, optimise: str = "
 
 def compile_mistaken(folder: Path, kernels: Path, source: str, find: str, put: str, file: str = "kernel.cuh") -> Any:
     """The same with `find`, which stands once in a file of theirs, replaced."""
-    changed = folder / "plugins" / kernels.name
-    changed.mkdir(parents=True)
-    for path in kernels.iterdir():
-        text = path.read_text().replace('"../', f'"{PLUGINS}/')
-        assert path.name != file or text.count(find) == 1, f"{find!r} is not once in {file}"
-        (changed / path.name).write_text(text.replace(find, put) if path.name == file else text)
+    changed = shutil.copytree(PLUGINS, folder / "plugins", ignore=shutil.ignore_patterns("lib")) / kernels.name
+    text = (changed / file).read_text()
+    assert text.count(find) == 1, f"{find!r} is not once in {file}"
+    (changed / file).write_text(text.replace(find, put))
     return compile_emulator(folder, changed, source, "-O1")
 
 
@@ -47,6 +45,13 @@ def between_guards(
     call: ctypes.Structure, arrays: Mapping[str, np.ndarray], run: Callable[[], int], written: Sequence[str] = ("y",)
 ) -> np.ndarray:
     """The bytes of y after `run`, which must change nothing but the arrays `written`; it gets their addresses."""
+    return all_between_guards(call, arrays, run, written)["y"]
+
+
+def all_between_guards(
+    call: ctypes.Structure, arrays: Mapping[str, np.ndarray], run: Callable[[], int], written: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The same of all arrays that are written."""
     memory = {}
     for name, array in arrays.items():
         memory[name] = held = np.full(array.nbytes + 2 * GUARD, 255, np.uint8)
@@ -58,4 +63,4 @@ def between_guards(
         inside = slice(GUARD, -GUARD) if name in written else slice(0, 0)
         before[name][inside] = held[inside]
         np.testing.assert_array_equal(held, before[name], err_msg=f"{name} was written to where it must not be")
-    return memory["y"][GUARD:-GUARD].copy()
+    return {name: memory[name][GUARD:-GUARD].copy() for name in written}

@@ -3,19 +3,62 @@
 #include <cstdio>
 
 #include "kernel.cuh"
+#include "tokens/kernel.cuh"
 
-// Do one GroupNorm; 0, 1 where it has no plan, 2 for what the emulator found wrong.
-extern "C" int emulate_group_norm(const CannyGroupNorm* call, int order) {
+namespace {
+
+int launches = 0;  // of the last call
+
+// What launches a kernel of GroupNorm.
+auto launcher(int order) {
+    return [order](auto kernel, dim3 grid, int32_t cluster, const auto& p) {
+        using P = std::decay_t<decltype(p)>;
+        emulator::launch<const P>(kernel, grid, cluster, p.plan.threads, p.plan.shared, p, order);
+        launches++;
+        return true;
+    };
+}
+
+template <typename Run>
+int emulate(Run run) {
+    launches = 0;
     try {
-        bool done = canny::run(*call, [&](auto kernel, dim3 grid, int32_t cluster, const canny::Params& p) {
-            emulator::launch<const canny::Params>(kernel, grid, cluster, p.plan.threads, p.plan.shared, p, order);
-            return true;
-        });
-        return done ? 0 : 1;
+        return run() ? 0 : 1;
     } catch (const std::exception& error) {
         fprintf(stderr, "%s\n", error.what());
         return 2;
     }
+}
+
+bool join(const CannyJoin& call, int order) {
+    return canny::run_join(call, [order](auto kernel, dim3 grid, int threads, const CannyJoin& p) {
+        emulator::launch<const CannyJoin>(kernel, grid, 1, threads, 0, p, order);
+        launches++;
+        return true;
+    });
+}
+
+}  // namespace
+
+// Do one GroupNorm; 0, 1 where it has no plan, 2 for what the emulator found wrong.
+extern "C" int emulate_group_norm(const CannyGroupNorm* call, int order) {
+    return emulate([&] { return canny::run(*call, launcher(order)); });
+}
+
+// The same of a join and a GroupNorm; `apart`: whatever they could be.
+extern "C" int emulate_join_norm(const CannyJoinNorm* call, int order, int apart) {
+    auto first = [&](const CannyJoin& part) { return join(part, order); };
+    auto second = [&](const CannyGroupNorm& part) { return canny::run(part, launcher(order)); };
+    return emulate([&] {
+        return apart ? first(canny::join_of(*call)) && second(canny::norm_of(*call))
+                     : canny::run(*call, launcher(order), first, second);
+    });
+}
+
+extern "C" int emulated_launches() { return launches; }
+
+extern "C" uint64_t canny_join_norm_workspace(const CannyJoinNorm* call) {
+    return canny::plan_of(canny::norm_of(*call)).workspace;
 }
 
 extern "C" uint64_t canny_group_norm_workspace(const CannyGroupNorm* call) { return canny::plan_of(*call).workspace; }

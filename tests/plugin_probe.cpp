@@ -58,7 +58,15 @@ Plugin* create(Creator& creator, Given& given) {
     return static_cast<Plugin*>(creator.createPlugin("norm", given.collection()));
 }
 Plugin& build_side(Plugin& plugin) { return plugin; }
-size_t workspace(Plugin& plugin, Desc* in) { return plugin.getWorkspaceSize(in, 4, in + 4, 1); }
+size_t workspace(Plugin& plugin, Desc* in, int32_t inputs = 4) {
+    return plugin.getWorkspaceSize(in, inputs, in + inputs, 1);
+}
+// How many there are, all of this type where the first input is.
+int32_t outputs(Plugin& plugin, DataType type) {
+    int32_t count = plugin.getNbOutputs();
+    for (int32_t i = 0; i < count; i++) MUST(plugin.getOutputDataType(i, &type, 1) == type);
+    return count;
+}
 void end(Plugin* plugin) { plugin->destroy(); }
 
 void serialise(Creator& creator, Plugin& plugin) {
@@ -97,7 +105,17 @@ Plugin* create(Creator& creator, Given& given) {
 IPluginV3OneBuild& build_side(Plugin& plugin) {
     return *static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
 }
-size_t workspace(Plugin& plugin, Desc* in) { return build_side(plugin).getWorkspaceSize(in, 4, in + 4, 1); }
+size_t workspace(Plugin& plugin, Desc* in, int32_t inputs = 4) {
+    return build_side(plugin).getWorkspaceSize(in, inputs, in + inputs, 1);
+}
+// How many there are, all of this type where the first input is.
+int32_t outputs(Plugin& plugin, DataType type) {
+    int32_t count = build_side(plugin).getNbOutputs();
+    std::vector<DataType> types(count);
+    MUST(build_side(plugin).getOutputDataTypes(types.data(), count, &type, 1) == 0);
+    for (DataType one : types) MUST(one == type);
+    return count;
+}
 void end(Plugin* plugin) { delete plugin; }
 
 void serialise(Creator& creator, Plugin& plugin) {
@@ -150,7 +168,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 7 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 9 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -302,7 +320,7 @@ int main(int, char** arguments) {
     auto& layer_norm = *static_cast<Creator*>(entry(count)[2]);
     auto& geglu = *static_cast<Creator*>(entry(count)[3]);
     auto& sum = *static_cast<Creator*>(entry(count)[4]);
-    MUST(count == 7 && !std::strcmp(sum.getPluginName(), "CannyAdd"));
+    MUST(!std::strcmp(sum.getPluginName(), "CannyAdd"));
     MUST(!std::strcmp(layer_norm.getPluginName(), "CannyLayerNorm"));
     MUST(!std::strcmp(geglu.getPluginName(), "CannyGeglu"));
     Given fields;
@@ -434,8 +452,12 @@ int main(int, char** arguments) {
     end(conv);
     auto& join = *static_cast<Creator*>(entry(count)[6]);
     MUST(!std::strcmp(join.getPluginName(), "CannyJoin"));
-    int32_t index = 3;
-    fields.fields = {given.fields[0], {"index", &index, PluginFieldType::kINT32, 1}};
+    int32_t index = 3, x_index = -1;
+    fields.fields = {
+        given.fields[0],
+        {"index", &index, PluginFieldType::kINT32, 1},
+        {"x_index", &x_index, PluginFieldType::kINT32, 1}
+    };
     Plugin* skips = create(join, fields);
     MUST(skips);
     describe(0, dims({2, 640, 8, 12}), half, last8);
@@ -444,13 +466,121 @@ int main(int, char** arguments) {
     describe(4, dims({2, 960, 8, 12}), half, last8);
     for (int32_t i = 0; i < 5; i++) MUST(build_side(*skips).supportsFormatCombination(i, tensors.data(), 4, 1));
     configure(*skips, tensors, true, 4);
-    describe(3, dims({3, 2}), single, linear);
-    configure(*skips, tensors, false, 4);
+    describe(3, dims({13, 4}), single, linear);
+    configure(*skips, tensors, true, 4);  // those of more rows than there are here
+    for (auto wrong : {dims({3, 2}), dims({13, 1})}) {
+        describe(3, wrong, single, linear);
+        configure(*skips, tensors, false, 4);
+    }
     describe(3, dims({13, 2}), single, linear);
     describe(2, dims({2, 640, 8, 12}), half, last8);
     configure(*skips, tensors, false, 4);
     end(skips);
-    index = -1;
+    x_index = 12;
+    Plugin* both = create(join, fields);
+    MUST(both);
+    kept = tensors;
+    tensors.resize(6);
+    describe(2, dims({2, 320, 8, 12}), half, last8);
+    describe(4, dims({2, 640, 8, 12}), half, last8);
+    describe(5, dims({2, 960, 8, 12}), half, last8);
+    for (int32_t i = 0; i < 6; i++) MUST(build_side(*both).supportsFormatCombination(i, tensors.data(), 5, 1));
+    configure(*both, tensors, true, 5);
+    describe(3, dims({12, 2}), single, linear);
+    configure(*both, tensors, false, 5);
+    describe(3, dims({13, 2}), single, linear);
+    describe(4, dims({2, 320, 8, 12}), half, last8);
+    configure(*both, tensors, false, 5);
+    describe(1, dims({2, 320, 8, 6}), half, last8);
+    configure(*both, tensors, false, 5);
+    end(both);
+    auto& join_norm = *static_cast<Creator*>(entry(count)[7]);
+    MUST(!std::strcmp(join_norm.getPluginName(), "CannyJoinNorm") && join_norm.getFieldNames()->nbFields == 6);
+    auto of_join = fields.fields;
+    fields.epsilon = 1e-5f;
+    fields.fields.insert(fields.fields.end(), {given.fields[1], given.fields[2], given.fields[4]});
+    Plugin* in_one = create(join_norm, fields);
+    MUST(in_one && outputs(*in_one, half) == 2);
+    tensors.resize(9);
+    auto parts = [&](int32_t first, int32_t second, int32_t scale) {
+        describe(0, dims({2, first, 32, 48}), half, last8);
+        for (int i : {1, 2}) describe(i, dims({2, second, 32, 48}), half, last8);
+        describe(3, dims({13, 2}), single, linear);
+        describe(4, dims({2, first, 32, 48}), half, last8);
+        for (int i : {5, 6}) describe(i, dims({scale}), single, linear);
+        for (int i : {7, 8}) describe(i, dims({2, first + second, 32, 48}), half, last8);
+    };
+    parts(640, 320, 960);
+    for (int32_t i = 0; i < 9; i++) MUST(build_side(*in_one).supportsFormatCombination(i, tensors.data(), 7, 2));
+    MUST(!build_side(*in_one).supportsFormatCombination(0, tensors.data(), 7, 1));
+    configure(*in_one, tensors, true, 7);
+    MUST(workspace(*in_one, tensors.data(), 7) > 0);  // where there are no clusters
+    parts(640, 320, 640);
+    configure(*in_one, tensors, false, 7);
+    parts(640, 312, 952);
+    configure(*in_one, tensors, false, 7);  // 32 groups do not divide it
+    parts(640, 320, 960);
+    describe(8, inner(tensors[8]).dims, half, linear);
+    MUST(!build_side(*in_one).supportsFormatCombination(8, tensors.data(), 7, 2));
+    describe(5, dims({960}), half, linear);
+    MUST(!build_side(*in_one).supportsFormatCombination(5, tensors.data(), 7, 2));
+    end(in_one);
+    int32_t none = 0;
+    fields.fields[3] = {"groups", &none, PluginFieldType::kINT32, 1};
+    MUST(!create(join_norm, fields));
+    int32_t cond = 0;
+    fields.fields = {given.fields[0], {"cond", &cond, PluginFieldType::kINT32, 1}};
+    auto& end_of_step = *static_cast<Creator*>(entry(count)[8]);
+    MUST(!std::strcmp(end_of_step.getPluginName(), "CannyUpdate"));
+    Plugin* update = create(end_of_step, fields);
+    MUST(update && outputs(*update, single) == 3);
+    tensors.resize(10);
+    auto latents = [&](DataType type, TensorFormat format) {
+        for (int i : {0, 3, 4, 5, 7, 8, 9}) describe(i, dims({1, 4, 32, 48}), single, linear);
+        describe(1, dims({2, 4, 32, 48}), type, format);
+        describe(2, dims({1}), single, linear);
+        describe(6, dims({4}), single, linear);
+        for (int32_t i = 0; i < 10; i++)
+            if (!build_side(*update).supportsFormatCombination(i, tensors.data(), 7, 3)) return false;
+        return true;
+    };
+    MUST(latents(half, last8) && latents(half, linear) && latents(single, linear));
+    MUST(!latents(single, last) && !latents(half, last) && !latents(DataType::kINT8, linear));
+    MUST(latents(half, last8));
+    MUST(!build_side(*update).supportsFormatCombination(1, tensors.data(), 7, 2));
+    configure(*update, tensors, true, 7);
+    for (auto wrong : {dims({1, 4, 32, 48}), dims({2, 4, 32, 24}), dims({2, 4, 32})}) {
+        latents(half, last8);
+        describe(1, wrong, half, last8);
+        configure(*update, tensors, false, 7);
+    }
+    for (int i : {2, 5, 6}) {
+        latents(half, last8);
+        describe(i, dims({2}), single, linear);
+        configure(*update, tensors, false, 7);
+    }
+    describe(7, dims({1, 4, 32, 48}), half, linear);
+    MUST(!build_side(*update).supportsFormatCombination(7, tensors.data(), 7, 3));
+    end(update);
+    cond = 1;
+    update = create(end_of_step, fields);
+    MUST(update && outputs(*update, single) == 2);
+    latents(half, last8);
+    describe(1, dims({1, 4, 32, 48}), half, last8);
+    for (int32_t i = 0; i < 10; i++)
+        MUST(build_side(*update).supportsFormatCombination(i, tensors.data(), 8, 2));
+    configure(*update, tensors, true, 8);
+    describe(7, dims({2, 4, 32, 48}), single, linear);
+    configure(*update, tensors, false, 8);
+    end(update);
+    cond = 2;
+    MUST(!create(end_of_step, fields));
+    fields.fields = of_join;
+    MUST(!create(join_norm, fields));
+    tensors = kept;
+    x_index = -2;
+    MUST(!create(join, fields));
+    index = -1, x_index = -1;
     MUST(!create(join, fields));
     end(norm);
     end(gate);

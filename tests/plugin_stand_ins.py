@@ -7,7 +7,7 @@ import pytest
 import tensorrt_rtx as trt
 
 from plugins import load as loading
-from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, LAYER_NORM
+from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM, UPDATE
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.random_weights import random_weights
@@ -126,13 +126,60 @@ def add(network: Any, x: Any, y: Any) -> Any:
     return network.add_elementwise(x, y, ELEMENT.SUM)
 
 
-def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, index: int) -> Any:
-    factor = out(network.add_slice(scales, (index, 0), (1, scales.shape[1]), (1, 1)))
-    factor = out(shuffled(network, factor, shape=(scales.shape[1], 1, 1, 1)))
-    scaled = out(network.add_elementwise(residual, factor, ELEMENT.PROD))
-    joined = network.add_concatenation([x, out(network.add_elementwise(skip, scaled, ELEMENT.SUM))])
+def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, *of_x: Any, index: int, x_index: int) -> Any:
+    assert len(of_x) == (x_index >= 0)
+
+    def summed(to: Any, residual: Any, line: int) -> Any:
+        factor = out(network.add_slice(scales, (line, 0), (1, to.shape[0]), (1, 1)))
+        factor = out(shuffled(network, factor, shape=(to.shape[0], 1, 1, 1)))
+        scaled = out(network.add_elementwise(residual, factor, ELEMENT.PROD))
+        return out(network.add_elementwise(to, scaled, ELEMENT.SUM))
+
+    x = summed(x, of_x[0], x_index) if of_x else x
+    joined = network.add_concatenation([x, summed(skip, residual, index)])
     joined.axis = 1
     return joined
+
+
+class Several:
+    """What passes for a layer with these outputs."""
+
+    name = ""
+
+    def __init__(self, *outputs: Any) -> None:
+        self.outputs = outputs
+
+    def get_output(self, i: int) -> Any:
+        return self.outputs[i]
+
+
+def join_norm(network: Any, *inputs: Any, index: int, x_index: int, **fields: Any) -> Any:
+    *of_join, scale, bias = inputs
+    joined = out(join(network, *of_join, index=index, x_index=x_index))
+    return Several(joined, out(group_norm(network, joined, scale, bias, row=0, **fields)))
+
+
+def update(network: Any, x: Any, both: Any, guidance: Any, e1: Any, e2: Any, noise: Any, coefficients: Any,
+           *kept: Any, cond: int) -> Any:  # fmt: skip
+    assert len(kept) == cond
+
+    def one(what: str, a: Any, b: Any) -> Any:
+        return out(network.add_elementwise(a, b, getattr(ELEMENT, what)))
+
+    def of(numbers: Any, i: int) -> Any:
+        return out(shuffled(network, out(network.add_slice(numbers, (i,), (1,), (1,))), shape=(1, 1, 1, 1)))
+
+    shape = tuple(x.shape)
+    if kept:  # cond + guidance·difference - difference
+        difference, least = kept[0], one("SUB", both, kept[0])
+    else:
+        first, least = (out(network.add_slice(both, (i * shape[0], 0, 0, 0), shape, (1, 1, 1, 1))) for i in (0, 1))
+        difference = one("SUB", first, least)
+    e = one("SUM", least, one("PROD", of(guidance, 0), difference))
+    x_next = noise
+    for i, term in enumerate((x, e, e1, e2)):
+        x_next = one("SUM", x_next, one("PROD", of(coefficients, i), term))
+    return Several(e, x_next, difference)
 
 
 HELD: list[Any] = []  # TensorRT keeps no weights itself
@@ -199,6 +246,6 @@ def normalised(network: Any, x: Any, y: Any, weight_sums: Any, bias: Any, epsilo
 
 
 MAKE: dict[str, Any] = {
-    ADD: add, JOIN: join, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm, GEGLU: geglu,
-    ATTENTION: attention,
+    ADD: add, JOIN: join, JOIN_NORM: join_norm, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm,
+    GEGLU: geglu, ATTENTION: attention, UPDATE: update,
 }  # fmt: skip

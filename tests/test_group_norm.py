@@ -2,20 +2,22 @@
 
 import ctypes
 import itertools
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from emulated import PLUGINS, between_guards, compile_emulator
+from emulated import PLUGINS, all_between_guards, between_guards, compile_emulator, compile_mistaken
 
+from bench.attention import residuals
 from bench.group_norm import norms
 from plugins.call import GroupNorm, error, plan
+from plugins.token_calls import Join, JoinNorm
 from trt_builder.config import ModelConfig, Options, Shape
 
 KERNELS, SOURCE = PLUGINS / "group_norm", "group_norm_emulated.cpp"
+JUDGED = Shape(256, 384, 1)
 
 UNET = [
     GroupNorm(batch, channels, *size, row_batch=row)
@@ -125,25 +127,22 @@ def test_the_order_of_threads_changes_no_bit(emulator: Any, norm: GroupNorm) -> 
 
 
 @pytest.mark.parametrize(
-    ("find", "put"),
+    ("find", "put", "file"),
     [
-        ("    thread.put(shared, records);\n    __syncthreads();", "    thread.put(shared, records);"),
-        ("        cluster_arrive();\n        cluster_wait();", "        __syncthreads();"),
-        pytest.param("c >= cut", "c > cut", marks=pytest.mark.slow),
-        pytest.param("delta * delta * a.count * weight", "delta * delta * weight", marks=pytest.mark.slow),
-        pytest.param("sum[c] = to_float(row.value[c]) * float(count);", "sum[c] = 0.f;", marks=pytest.mark.slow),
-        pytest.param("if (wide < kWidth) data[v].clear(wide);", "", marks=pytest.mark.slow),
+        ("(records, data, count, row);\n    thread.put(shared, records);\n    __syncthreads();",
+         "(records, data, count, row);\n    thread.put(shared, records);", "channels_last.cuh"),
+        ("        cluster_arrive();\n        cluster_wait();", "        __syncthreads();", "channels_last.cuh"),
+        pytest.param("float2 norm = c >= cut", "float2 norm = c > cut", "channels_last.cuh", marks=pytest.mark.slow),
+        pytest.param(
+            "delta * delta * a.count * weight", "delta * delta * weight", "records.cuh", marks=pytest.mark.slow
+        ),
+        pytest.param("sum[c] = to_float(row.value[c]) * float(count);", "sum[c] = 0.f;", "channels_last.cuh",
+                     marks=pytest.mark.slow),
+        pytest.param("if (wide < kWidth) data[v].clear(wide);", "", "channels_last.cuh", marks=pytest.mark.slow),
     ],
-)
-def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> None:
-    kernels = shutil.copytree(KERNELS, tmp_path / "kernels")
-    found = 0
-    for name in ("channels_last.cuh", "records.cuh"):
-        text = (kernels / name).read_text()
-        found += find in text
-        (kernels / name).write_text(text.replace(find, put))
-    assert found == 1, f"{find!r} is not in the kernels any more"
-    library = compile_emulator(tmp_path, kernels, SOURCE, "-O1")
+)  # fmt: skip
+def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str, file: str) -> None:
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, file)
     bad = False
     for norm, order in ((UNET[6], 0), (UNET[6], 1), (ODD[2], 1)):
         try:
@@ -151,6 +150,90 @@ def test_the_emulator_finds_mistakes(tmp_path: Path, find: str, put: str) -> Non
         except AssertionError:
             bad = True
     assert bad
+
+
+# -- behind a join ----------------------------------------------------------------------------------------------------
+
+DECODER = [JoinNorm(one) for one in residuals(ModelConfig.load("sd15"), JUDGED) if isinstance(one, Join)]
+IN_ONE = [
+    *DECODER, JoinNorm(Join(1, 60, 320, 320)), JoinNorm(Join(3, 5, 248, 8, True), silu=False),
+    JoinNorm(Join(2, 9, 8, 56), groups=4), JoinNorm(Join(1, 1, 72, 8, True), groups=2),
+]  # fmt: skip
+IN_MORE = [  # fewer than four channels a group, and a map that registers do not hold
+    (JoinNorm(Join(2, 7, 40, 24, True)), 2), (JoinNorm(Join(1, 96 * 128, 64, 64)), 3),
+]  # fmt: skip
+
+
+def emulate_join(
+    library: Any, what: JoinNorm, mean: float = 0.0, order: int = 0, cluster: int = 8, apart: bool = False
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """What is joined and GroupNorm of it, and the arrays that they were made of."""
+    arrays, call = what.arrays(mean), what.call(cluster)
+    stored = what.memory(library, arrays, call)
+    written = all_between_guards(
+        call, stored, lambda: library.emulate_join_norm(ctypes.byref(call), order, apart), ("joined", "y", "workspace")
+    )
+    joined, y = (written[name].view(np.float16).reshape(stored["y"].shape) for name in ("joined", "y"))
+    return joined, y, arrays
+
+
+def join_errors(library: Any, what: JoinNorm, **how: Any) -> float:
+    """The larger relative error against float64; GroupNorm is that of the numbers that are written."""
+    joined, y, arrays = emulate_join(library, what, **how)
+    return float(np.max([error(joined, what.join.expected(arrays)), error(y, what.expected(arrays, joined))]))
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("what", IN_ONE, ids=str)
+def test_joined_in_one_launch(emulator: Any, what: JoinNorm, mean: float) -> None:
+    assert join_errors(emulator, what, mean=mean) < 5e-4
+    assert emulator.emulated_launches() == 1
+
+
+@pytest.mark.parametrize(("what", "launches"), IN_MORE, ids=str)
+def test_joined_in_more_launches(emulator: Any, what: JoinNorm, launches: int) -> None:
+    assert join_errors(emulator, what) < 5e-4
+    assert emulator.emulated_launches() == launches
+
+
+@pytest.mark.parametrize("what", [DECODER[0], JoinNorm(Join(2, 384, 1280, 640)), *IN_ONE[-3:]], ids=str)
+def test_one_launch_gives_the_bits_of_two(emulator: Any, what: JoinNorm) -> None:
+    joined, y, _ = emulate_join(emulator, what)
+    for order, apart in ((0, True), (1, False), (2, False)):
+        again = emulate_join(emulator, what, order=order, apart=apart)
+        assert (joined.tobytes(), y.tobytes()) == (again[0].tobytes(), again[1].tobytes())
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_joined_without_large_clusters(emulator: Any, cluster: int) -> None:
+    what = JoinNorm(Join(2, 384, 640, 320))
+    assert join_errors(emulator, what, cluster=cluster) < 5e-4
+    assert emulator.emulated_launches() == (3 if cluster == 1 else 1)
+
+
+@pytest.mark.parametrize(
+    "what", [JoinNorm(Join(2, 3, 12, 20)), JoinNorm(Join(2, 0, 32, 32)), JoinNorm(Join(2, 3, 32, 8))]
+)
+def test_joins_that_have_no_kernel(emulator: Any, what: JoinNorm) -> None:
+    assert emulator.emulate_join_norm(ctypes.byref(what.call(8)), 0, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("find", "put"),
+    [
+        ("channel < join.first;", "channel <= join.first;"),
+        ("channel - (of_x ? 0 : join.first)", "channel"),
+        ("(of_x ? join.x_scales : join.scales)[blockIdx.z]", "(of_x ? join.x_scales : join.scales)[0]"),
+        ("if (adds) add_scaled(data[v], scale", "if (adds) add_scaled(data[v], 0.f * scale"),
+        ("data[v].store(y + offset(v *", "if (!adds) data[v].store(y + offset(v *"),
+    ],
+)
+def test_mistakes_in_joins_show(tmp_path: Path, find: str, put: str) -> None:
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, "channels_last.cuh")
+    assert not join_errors(library, JoinNorm(Join(2, 9, 40, 88, True)), mean=3.0) < 5e-4
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [*UNET, *VAE, *LARGE, *ODD, *FLOATS, *LINEAR], ids=str)

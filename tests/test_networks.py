@@ -3,6 +3,7 @@
 The weights are random and none is zero, so that no branch hides: a trained ControlNet's zero convolutions would.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -226,7 +227,34 @@ def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any
     assert blocks and added.count("CannyLayerNorm") == 3 * blocks and added.count("CannyAttention") == 2 * blocks
     assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 3) == (conv == "own")
     assert conv == "own" or ("CannyAdd" in added) == ("decoder" not in stage)
-    assert ("CannyJoin" in added) == ("decoder" in stage)
+    assert ("CannyJoinNorm" in added) == ("decoder" in stage) and "CannyJoin" not in added
+    assert added.count("CannyUpdate") == ("decoder" in stage)
+
+
+def test_joins_without_our_group_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = plugin_stand_ins.use(monkeypatch)
+    check("unet_decoder", "tiny", SMALL, Options("fp32", residual="own"))
+    assert "CannyJoin" in added and "CannyJoinNorm" not in added
+
+
+def test_our_plugins_alone_read_the_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer of TensorRT's stands between the scales and the residuals, nor puts one on the middle block's output."""
+    lines: list[int] = []
+
+    def join(network: Any, *inputs: Any, index: int, x_index: int) -> Any:
+        assert inputs[3].name == "scales" and inputs[2].name == f"residual{index}"
+        assert x_index < 0 or [inputs[0].name, inputs[4].name] == ["middle", f"residual{x_index}"]
+        lines.extend(line for line in (x_index, index) if line >= 0)
+        return plugin_stand_ins.join(network, *inputs, index=index, x_index=x_index)
+
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyJoin", join)
+    for stage in ("unet_decoder", "unet_decoder_cond"):
+        defined = Defined(stage, "tiny", SMALL, Options("fp32", residual="own"), arrays("tiny"))
+        assert lines == list(reversed(range(len(lines)))) and len(lines) > 4
+        names = [layer.name for layer in defined.layers]
+        assert not [name for name in names if re.search(r":(scales|scale\d+|add_residual\d+)$", name)]
+        lines.clear()
 
 
 def test_which_convolutions_take_a_second_map(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""LayerNorm, GEGLU, sums and skips on a CPU: the kernels as they are written, in an emulator, against float64."""
+"""LayerNorm, GEGLU, sums, skips, the end of a step on a CPU: kernels as they are written, emulated, against float64."""
 
 import ctypes
 import json
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
+from emulated import PLUGINS, all_between_guards, between_guards, compile_emulator, compile_mistaken
 
 from bench import attention as bench
 from bench.attention import attentions, between, residuals
 from plugins.call import error
-from plugins.token_calls import Geglu, Join, LayerNorm, Sum
+from plugins.token_calls import Geglu, Join, LayerNorm, Sum, Update
 from runtime.engine import Gpu
 from trt_builder.config import ModelConfig, Options, Shape
 
@@ -24,6 +24,7 @@ SHAPES = [
     LayerNorm(37, 320), LayerNorm(8, 640), LayerNorm(5, 1280), LayerNorm(3, 2048), LayerNorm(1, 8), LayerNorm(9, 264),
     Geglu(5, 1280), Geglu(3, 2560), Geglu(2, 5120), Geglu(7, 8), Geglu(1, 1272), Sum(3, 1280), Sum(1, 8), Sum(255, 64),
     Join(2, 24, 1280, 1280), Join(2, 7, 320, 640), Join(1, 1, 8, 8), Join(3, 5, 64, 8),
+    Join(2, 24, 1280, 1280, True), Join(3, 5, 64, 8, True),
 ]  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_a_mean_that_dwarfs_the_deviation(emulator: Any) -> None:
         ("at >= p.count", "at >= p.count - kWidth", Sum(3, 64)),
         ("position / p.positions", "0", Join(2, 3, 8, 16)),
         ("position * p.second + at - p.first", "position * p.second", Join(2, 3, 8, 16)),
+        ("of_x ? p.x_scales : p.scales", "p.scales", Join(2, 3, 8, 16, True)),
     ],
 )
 def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu | Sum | Join) -> None:
@@ -79,6 +81,73 @@ def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu | Sum
     assert getattr(emulator, what.function)(ctypes.byref(call), 0) == 1
 
 
+UPDATES = [
+    Update(samples, channels, positions, layout, cond)
+    for samples, channels, positions, cond in (
+        (1, 4, 1536, False), (3, 4, 35, False), (2, 12, 7, False), (1, 1, 1, False), (1, 4, 1536, True),
+        (2, 12, 7, True),
+    )
+    for layout in ("half", "float", "by eights")
+]  # fmt: skip
+
+
+def emulate_update(library: Any, what: Update, order: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """e, difference and x_next, and the arrays that they were made of."""
+    arrays, call = what.arrays(), what.call()
+    made = all_between_guards(
+        call, what.memory(arrays), lambda: library.canny_update(ctypes.byref(call), order), what.results
+    )
+    return {name: made[name].view(np.float32).reshape(arrays["x"].shape) for name in what.results}, arrays
+
+
+@pytest.mark.parametrize("what", UPDATES, ids=str)
+def test_the_end_of_a_step(emulator: Any, what: Update) -> None:
+    """Within float's rounding of float64, and in this order of sums."""
+    made, arrays = emulate_update(emulator, what)
+    exact, single = what.expected(arrays), what.expected(arrays, np.float32)
+    for name in what.results:
+        assert error(made[name], exact[name]) < 1e-6
+        np.testing.assert_array_equal(made[name], single[name], err_msg=name)
+
+
+def test_the_end_of_a_step_may_be_written_over_what_it_reads(emulator: Any) -> None:
+    what = Update(2, 4, 35)
+    arrays, call = what.arrays(), what.call()
+    memory, expected = what.memory(arrays), what.expected(arrays)
+    over = {"e": "e1", "difference": "e2", "x_next": "x"}
+    for name in memory:
+        setattr(call, name, memory[over.get(name, name)].ctypes.data)
+    assert emulator.canny_update(ctypes.byref(call), 1) == 0
+    assert all(error(memory[place], expected[name]) < 1e-6 for name, place in over.items())
+
+
+@pytest.mark.parametrize(
+    ("find", "put"),
+    [
+        ("- sample * p.channels", "- sample * p.channels + 1"), ("number(at + apart)", "number(at + apart - 1)"),
+        ("* p.positions) * p.pitch + row", "* p.positions) * 8 + row"), ("b[2] * e1 + b[3]", "b[3] * e1 + b[2]"),
+        ("guidance * difference;\n", "difference;\n"), ("guidance - 1.f", "guidance"),
+        ("int64_t(p.samples) * p.positions * p.pitch;", "count;"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_end_of_a_step_show(tmp_path: Path, find: str, put: str) -> None:
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put)
+    off = []
+    for what in (Update(2, 12, 7, "by eights"), Update(2, 12, 7, "by eights", True)):
+        made, arrays = emulate_update(library, what)
+        expected = what.expected(arrays)
+        off += [error(made[name], expected[name]) for name in what.results]
+    assert not np.max(off) < 1e-6
+
+
+def test_ends_of_steps_that_have_no_kernel(emulator: Any) -> None:
+    for call in (Update(0, 4, 8).call(), Update(1, 4, 0).call()):
+        assert emulator.canny_update(ctypes.byref(call), 0) == 1
+    call = Update(1, 4, 8, "float").call()
+    call.pitch = 8
+    assert emulator.canny_update(ctypes.byref(call), 0) == 1
+
+
 def test_a_step_has_three_norms_and_a_gate_a_block() -> None:
     """23 blocks: 7 in ControlNet, 7 in the UNet's input half, 9 in its output half."""
     counts = between(attentions(ModelConfig.load("sd15"), Shape(256, 384, 1)))
@@ -94,8 +163,9 @@ def test_a_step_has_sixteen_sums_and_twelve_skips() -> None:
         Sum(1536, 320): 2, Sum(3072, 320): 2, Sum(768, 640): 2, Sum(192, 1280): 2, Sum(48, 1280): 8,
     }  # fmt: skip
     assert {one: count for one, count in counts.items() if isinstance(one, Join)} == {
-        Join(2, 24, 1280, 1280): 3, Join(2, 96, 1280, 1280): 2, Join(2, 96, 1280, 640): 1, Join(2, 384, 1280, 640): 1,
-        Join(2, 384, 640, 640): 1, Join(2, 384, 640, 320): 1, Join(2, 1536, 640, 320): 1, Join(2, 1536, 320, 320): 2,
+        Join(2, 24, 1280, 1280, True): 1, Join(2, 24, 1280, 1280): 2, Join(2, 96, 1280, 1280): 2,
+        Join(2, 96, 1280, 640): 1, Join(2, 384, 1280, 640): 1, Join(2, 384, 640, 640): 1, Join(2, 384, 640, 320): 1,
+        Join(2, 1536, 640, 320): 1, Join(2, 1536, 320, 320): 2,
     }  # fmt: skip
 
 
@@ -109,8 +179,9 @@ def test_the_bench_times_them(
     output = tmp_path / "attention.json"
     assert bench.main(["--library", "lib.so", "--output", str(output)]) == 0
     rows = json.loads(output.read_text())["between"]
-    join = {"batch": 2, "positions": 384, "first": 640, "second": 320, "tokens": 768, "channels": 960}
-    assert {"what": "Join", **join, "count": 1, "kernel": 2.0} in rows
+    join = {"batch": 2, "positions": 384, "first": 640, "second": 320, "both": False, "tokens": 768, "channels": 960}
+    assert {"what": "Join", **join, "count": 1, "kernel": 2.0, "norm": 2.0, "with_norm": 2.0} in rows
+    assert all((row["with_norm"] is None) == (row["what"] != "Join") for row in rows)
     assert sum(row["count"] for row in rows) == 69 + 23 + 16 + 12
     assert "Join" in capsys.readouterr().out
 
@@ -128,10 +199,10 @@ def test_the_builder_gives_sums_and_skips_to_the_plugins(monkeypatch: pytest.Mon
         found[Sum(batch * h * w, channels)] += 1
         return plugin_stand_ins.add(network, a, b)
 
-    def join(network: Any, x: Any, skip: Any, residual: Any, scales: Any, index: int) -> Any:
+    def join(network: Any, x: Any, skip: Any, *rest: Any, index: int, x_index: int) -> Any:
         batch, channels, h, w = x.shape
-        found[Join(batch, h * w, channels, skip.shape[1])] += 1
-        return plugin_stand_ins.join(network, x, skip, residual, scales, index)
+        found[Join(batch, h * w, channels, skip.shape[1], x_index >= 0)] += 1
+        return plugin_stand_ins.join(network, x, skip, *rest, index=index, x_index=x_index)
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAdd", add)

@@ -38,3 +38,7 @@ extern "C" int canny_add(const CannyAdd* call, int order) {
 extern "C" int canny_join(const CannyJoin* call, int order) {
     return emulate(*call, order, [](auto&&... given) { return canny::run_join(given...); });
 }
+
+extern "C" int canny_update(const CannyUpdate* call, int order) {
+    return emulate(*call, order, [](auto&&... given) { return canny::run_update(given...); });
+}

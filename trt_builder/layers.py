@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Float = type[np.floating]
 
-LAYER_NORM_EPSILON = 1e-5
+LAYER_NORM_EPSILON = GROUP_NORM_EPSILON = 1e-5
+GROUPS = 32
 TYPES: dict[Any, str] = {np.float16: "HALF", np.float32: "FLOAT", np.int32: "INT32", np.uint8: "UINT8"}
 
 
@@ -339,7 +340,7 @@ def scale_and_bias(net: Net, channels: int) -> list[trt.ITensor]:
 
 
 def group_norm(
-    net: Net, x: trt.ITensor, eps: float = 1e-5, with_silu: bool = False, groups: int = 32,
+    net: Net, x: trt.ITensor, eps: float = GROUP_NORM_EPSILON, with_silu: bool = False, groups: int = GROUPS,
     row: trt.ITensor | None = None,
 ) -> trt.ITensor:  # fmt: skip
     """GroupNorm of x (B, C, h, w), to which a row (1, C) is added first, followed by SiLU or not (Wu & He 2018).
@@ -388,6 +389,14 @@ def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor | None) -> trt.ITensor
 def own(net: Net, plugin: str, inputs: Sequence[trt.ITensor], what: str = "", **fields: float) -> trt.ITensor:
     """One of the plugins of plugins/, with its fields."""
     return net.add(net.flavour.add_own(net.network, plugin, inputs, "/".join(net.path), **fields), what)
+
+
+def own_outputs(
+    net: Net, plugin: str, inputs: Sequence[trt.ITensor], count: int, what: str = "", **fields: float
+) -> list[trt.ITensor]:  # fmt: skip
+    """The same of a plugin that has `count` outputs."""
+    layer = net.flavour.add_own(net.network, plugin, inputs, "/".join(net.path), **fields)
+    return [net.add(layer, what), *(layer.get_output(i) for i in range(1, count))]
 
 
 def upsample_nearest(net: Net, x: trt.ITensor) -> trt.ITensor:

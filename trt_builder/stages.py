@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import JOIN
+from plugins.load import JOIN, JOIN_NORM, UPDATE
 from runtime.steps import COND
 from trt_builder.clip import text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
@@ -22,6 +22,8 @@ from trt_builder.control import residuals
 from trt_builder.flavour import Flavour
 from trt_builder.hint import hint_block
 from trt_builder.layers import (
+    GROUP_NORM_EPSILON,
+    GROUPS,
     Net,
     add,
     chunk,
@@ -32,9 +34,11 @@ from trt_builder.layers import (
     match_batch,
     mul,
     own,
+    own_outputs,
     permute,
     reshape,
     scalar,
+    scale_and_bias,
     silu,
     sub,
 )
@@ -201,10 +205,13 @@ def unet_decoder(stage: Stage) -> None:
     x' = a·x + b0·e + b1·e1 + b2·e2 + noise. `difference` is what guidance multiplies, cond less uncond.
     """
     both, guidance = output_half(stage)
-    exact = stage.net(stage.config.unet.prefix).float32()
+    net = stage.net(stage.config.unet.prefix)
+    exact = net.float32()
+    if net.flavour.has_residual_plugins(net.options):
+        return own_update(stage, both, guidance)
     cond, uncond = chunk(exact, exact.cast(both), 2, 0)
     difference = sub(exact, cond, uncond)
-    e = add(exact, uncond, mul(exact, guidance, difference, "amplified"), "guided")
+    e = add(exact, uncond, mul(exact, number(exact, guidance), difference, "amplified"), "guided")
     stage.output("e", e, np.float32)
     stage.output("difference", difference, np.float32)
     update(stage, e)
@@ -213,15 +220,19 @@ def unet_decoder(stage: Stage) -> None:
 def unet_decoder_cond(stage: Stage) -> None:
     """As `unet_decoder`, but of the prompt's half alone: it takes the last `difference` (N, 4, h, w) and keeps it."""
     cond, guidance = output_half(stage)
-    exact = stage.net(stage.config.unet.prefix).float32()
+    net, difference = stage.net(stage.config.unet.prefix), stage.latent("difference")
+    if net.flavour.has_residual_plugins(net.options):
+        return own_update(stage, cond, guidance, difference)
+    exact = net.float32()
+    guidance = number(exact, guidance)
     rest = sub(exact, guidance, scalar(exact, guidance, 1.0), "guidance_less_one")
-    e = add(exact, exact.cast(cond), mul(exact, rest, stage.latent("difference"), "amplified"), "guided")
+    e = add(exact, exact.cast(cond), mul(exact, rest, difference, "amplified"), "guided")
     stage.output("e", e, np.float32)
     update(stage, e)
 
 
 def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
-    """The UNet's output half of skips and middle with the scaled residuals added (rows, 4, h, w), and the guidance."""
+    """The UNet's output half of skips and middle with the scaled residuals added (rows, 4, h, w); the guidance (1)."""
     config = stage.config.unet
     *skips, middle = stage.maps("skip", "middle")
     residuals = stage.maps("residual", f"residual{len(skips)}")
@@ -230,37 +241,74 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
     guidance = stage.input("guidance", (1,), np.float32)
 
     net = stage.net(config.prefix)
-    if stage.batch < stage.shape.batch:
-        scales = chunk(net.float32(), scales, 2, 1)[0]
     joins: list[Join]
     if net.flavour.has_residual_plugins(net.options):
-        (last,) = scale_rows(net, residuals[-1:], scales, len(skips))
-        joins = [partial(own_join, s, r, scales, i) for i, (s, r) in enumerate(zip(skips, residuals, strict=False))]
+        joins = [partial(own_join, i, skip, residuals, scales) for i, skip in enumerate(skips)]
     else:
+        if stage.batch < stage.shape.batch:
+            scales = chunk(net.float32(), scales, 2, 1)[0]
         *scaled, last = scale_rows(net, residuals, scales)
         sums = (add(net, s, r, f"add_residual{i}") for i, (s, r) in enumerate(zip(skips, scaled, strict=True)))
         joins = [partial(join, one) for one in sums]
-    middle = add(net, middle, last, f"add_residual{len(skips)}")
-    return decode(net, config, joins, middle, rows, kv), reshape(net.float32(), guidance, (1, 1, 1, 1), what="guidance")
+        middle = add(net, middle, last, f"add_residual{len(skips)}")
+    return decode(net, config, joins, middle, rows, kv), guidance
 
 
-def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> trt.ITensor:
+def number(net: Net, guidance: trt.ITensor) -> trt.ITensor:
+    """The guidance (1) as it multiplies maps."""
+    return reshape(net, guidance, (1, 1, 1, 1), what="guidance")
+
+
+def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> tuple[trt.ITensor, None]:
     """x (B, C, h, w) and a skip (B, D, h, w) behind it: (B, C + D, h, w)."""
-    return concat(net, [x, skip], 1)
+    return concat(net, [x, skip], 1), None
 
 
 def own_join(
-    skip: trt.ITensor, residual: trt.ITensor, scales: trt.ITensor, i: int, net: Net, x: trt.ITensor
-) -> trt.ITensor:  # fmt: skip
-    """`join` with a skip to which our plugin adds line i of scales (residuals, B) times the residual (B, D, h, w)."""
-    return own(net, JOIN, [x, skip, residual, scales], "concat", index=i)
+    i: int, skip: trt.ITensor, residuals: Sequence[trt.ITensor], scales: trt.ITensor, net: Net, x: trt.ITensor
+) -> tuple[trt.ITensor, trt.ITensor | None]:  # fmt: skip
+    """`join` by our plugin, which adds line i of scales (residuals, B) times residual i (B, D, h, w) to the skip.
+
+    The last skip is put behind the middle block's output, to which the plugin adds the last residual likewise. Where
+    our GroupNorm serves, the one that the block begins with, and its SiLU, are done by the same plugin.
+    """
+    last = len(residuals) - 1
+    of_x, x_index = (residuals[last:], last) if i == last - 1 else ([], -1)
+    inputs, channels = [x, skip, residuals[i], scales, *of_x], x.shape[1] + skip.shape[1]
+    if net.flavour.group_norm_plugin(channels, x.shape[0], net.options) != "own":
+        return own(net, JOIN, inputs, "concat", index=i, x_index=x_index), None
+    norm = net.at("in_layers.0")
+    joined, normed = own_outputs(
+        norm, JOIN_NORM, [*inputs, *scale_and_bias(norm, channels)], 2, "concat", index=i, x_index=x_index,
+        groups=GROUPS, silu=1, epsilon=GROUP_NORM_EPSILON,
+    )  # fmt: skip
+    return joined, normed
+
+
+def own_update(
+    stage: Stage, made: trt.ITensor, guidance: trt.ITensor, difference: trt.ITensor | None = None
+) -> None:  # fmt: skip
+    """The outputs of `unet_decoder` by our plugin, of what the output half made; or of `unet_decoder_cond`."""
+    x, *others = update_inputs(stage)
+    kept = [] if difference is None else [difference]
+    inputs, names = [x, made, guidance, *others, *kept], ["e", "x_next", "difference"][: 3 - len(kept)]
+    net = stage.net(stage.config.unet.prefix)
+    outputs = own_outputs(net, UPDATE, inputs, len(names), "update", cond=len(kept))
+    by_name = dict(zip(names, outputs, strict=True))
+    for name in ("e", *names[2:], "x_next"):  # in the order of the twin
+        stage.output(name, by_name[name], np.float32)
+
+
+def update_inputs(stage: Stage) -> list[trt.ITensor]:
+    """The inputs `x`, `e1`, `e2`, `noise` (N, 4, h, w) and `coefficients` (4,)."""
+    latents = [stage.latent(name) for name in ("x", "e1", "e2", "noise")]
+    return [*latents, stage.input("coefficients", (4,), np.float32)]
 
 
 def update(stage: Stage, e: trt.ITensor) -> None:
     """The output `x_next`: x after the steps that the coefficients stand for."""
     exact = stage.net(stage.config.unet.prefix).float32()
-    x, e1, e2, noise = (stage.latent(name) for name in ("x", "e1", "e2", "noise"))
-    coefficients = stage.input("coefficients", (4,), np.float32)
+    x, e1, e2, noise, coefficients = update_inputs(stage)
     factors = chunk(exact, reshape(exact, coefficients, (4, 1, 1, 1), what="coefficients"), 4, 0)
     names = ("a_x", "b_e", "b_e1", "b_e2")
     a_x, *others = (mul(exact, c, t, n) for c, t, n in zip(factors, (x, e, e1, e2), names, strict=True))
@@ -270,11 +318,11 @@ def update(stage: Stage, e: trt.ITensor) -> None:
     stage.output("x_next", add(exact, x_next, noise, "add_noise"), np.float32)
 
 
-def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor, first: int = 0) -> list[trt.ITensor]:
-    """Each tensor (B, C, h, w) times its line of `scales`, from line `first` on: one factor per row of the batch."""
+def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor) -> list[trt.ITensor]:
+    """Each tensor (B, C, h, w) times its line of `scales`: one factor per row of the batch."""
     count, batch = scales.shape
-    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)[first:]
-    return [mul(net, t, f, f"scale{first + i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
+    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)
+    return [mul(net, t, f, f"scale{i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
 
 
 def vae_decoder(stage: Stage) -> None:

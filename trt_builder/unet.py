@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
     KV = tuple[trt.ITensor, trt.ITensor]
-    Join = Callable[[Net, trt.ITensor], trt.ITensor]
+    Join = Callable[[Net, trt.ITensor], tuple[trt.ITensor, trt.ITensor | None]]
     Out = tuple[Net, trt.ITensor]  # a 1×1 convolution behind a transformer, and the residual of what it makes
 
 
-def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
-    """Two GroupNorm-SiLU-convolutions with the time row (1, D) added between them: (B, C, h, w) → (B, D, h, w)."""
-    h = group_norm(net.at("in_layers.0"), x, with_silu=True)
+def res_block(net: Net, x: trt.ITensor, row: trt.ITensor, normed: trt.ITensor | None = None) -> trt.ITensor:
+    """Two GroupNorm-SiLU-convolutions with the time row (1, D) added between them: (B, C, h, w) → (B, D, h, w).
+
+    normed: what the first GroupNorm-SiLU makes of x, where that is done already.
+    """
+    h = group_norm(net.at("in_layers.0"), x, with_silu=True) if normed is None else normed
     h = conv(net.at("in_layers.2"), h)
     h = group_norm(net.at("out_layers.0"), h, with_silu=True, row=row)
     return residual_conv(net, net.at("out_layers.3"), h, net.at("skip_connection"), x)
@@ -114,15 +117,16 @@ def spatial_transformer(net: Net, x: trt.ITensor, kv: Iterator[KV], heads: int, 
 
 
 def run_block(
-    net: Net, config: UNetConfig, block: Block, x: trt.ITensor, rows: Iterator[trt.ITensor], kv: Iterator[KV]
-) -> trt.ITensor:
-    """One input, middle or output block, drawing rows and K/V in layer order."""
+    net: Net, config: UNetConfig, block: Block, x: trt.ITensor, rows: Iterator[trt.ITensor], kv: Iterator[KV],
+    normed: trt.ITensor | None = None,
+) -> trt.ITensor:  # fmt: skip
+    """One input, middle or output block, drawing rows and K/V in layer order; its first ResBlock takes `normed`."""
     for layer in block:
         at = net.at(layer.prefix)
         if layer.kind == "conv":
             x = conv(at, x)
         elif layer.kind == "res":
-            x = res_block(at, x, next(rows))
+            x, normed = res_block(at, x, next(rows), normed), None
         elif layer.kind == "transformer":
             x = spatial_transformer(at, x, kv, config.num_heads, config.transformer_depth)
         elif layer.kind == "down":
@@ -147,8 +151,12 @@ def decode(
     net: Net, config: UNetConfig, joins: list[Join], middle: trt.ITensor, rows: Iterator[trt.ITensor],
     kv: Iterator[KV],
 ) -> trt.ITensor:  # fmt: skip
-    """The output half → e (B, 4, h, w), from the middle block's output, and what puts each skip behind an x."""
+    """The output half → e (B, 4, h, w), from the middle block's output, and what puts each skip behind an x.
+
+    Such a join may also do the GroupNorm-SiLU that its block begins with.
+    """
     x = middle
     for block, join in zip(config.output_blocks, reversed(joins), strict=True):
-        x = run_block(net, config, block, join(net.at(block[0].prefix), x), rows, kv)
+        x, normed = join(net.at(block[0].prefix), x)
+        x = run_block(net, config, block, x, rows, kv, normed)
     return conv(net.at("out.2"), group_norm(net.at("out.0"), x, with_silu=True))

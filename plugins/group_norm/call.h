@@ -1,6 +1,7 @@
 // One GroupNorm, as callers without TensorRT state it too, and how it is cut.
 #pragma once
 
+#include "../tokens/call.h"
 #include "plan.h"
 
 // Pointers are to the GPU's memory, at multiples of 16.
@@ -20,7 +21,42 @@ struct CannyGroupNorm {
     int32_t overlap;      // whether it may start while the kernel before it ends, from compute capability 9.0 on
 };
 
+// A join and the GroupNorm of what it makes, in half precision, channels-last.
+struct CannyJoinNorm {
+    const void *x, *skip, *residual;  // to x_scales: as CannyJoin has them
+    const float* scales;
+    const void* x_residual;
+    const float* x_scales;
+    void* joined;  // (batch, positions, first + second)
+    const float* gamma;
+    const float* beta;
+    void* y;          // GroupNorm of what is joined, as it
+    void* workspace;  // of canny_join_norm_workspace bytes
+    int32_t batch, positions, first, second, groups, silu;
+    float epsilon;
+    int32_t max_cluster;  // as in CannyGroupNorm
+};
+
 namespace canny {
+
+inline CannyJoin join_of(const CannyJoinNorm& call) {
+    return {call.x,        call.skip,   call.residual, call.scales,    call.x_residual, call.x_scales,
+            call.joined,   call.batch,  call.positions, call.first,    call.second};
+}
+
+inline CannyGroupNorm norm_of(const CannyJoinNorm& call) {
+    CannyGroupNorm norm{call.joined, call.gamma, call.beta, nullptr, call.y, call.workspace};
+    norm.batch = call.batch;
+    norm.channels = call.first + call.second;
+    norm.positions = call.positions;
+    norm.groups = call.groups;
+    norm.half = norm.channels_last = 1;
+    norm.silu = call.silu;
+    norm.epsilon = call.epsilon;
+    norm.max_cluster = call.max_cluster;
+    norm.overlap = 1;
+    return norm;
+}
 
 inline Plan plan_of(const CannyGroupNorm& call) {
     if (call.row_batch != 0 && call.row_batch != 1 && call.row_batch != call.batch) return Plan();

@@ -4,6 +4,8 @@
 // channels has a record of its own.
 #pragma once
 
+#include <type_traits>
+
 #include "records.cuh"
 
 namespace canny {
@@ -50,6 +52,38 @@ struct Thread {
             } else {
                 data[v].clear(0);
             }
+        }
+        return count;
+    }
+
+    // The same of a map of half precision that is joined now and written, of parts with a multiple of 8 channels.
+    template <int V>
+    __device__ __forceinline__ int32_t load_joined(Vector<__half> (&data)[V], const CannyJoin& join) const {
+        bool of_x = channel < join.first;
+        int32_t width = of_x ? join.first : join.second;
+        int64_t from = (int64_t(blockIdx.z) * p.positions + begin) * width + channel - (of_x ? 0 : join.first);
+        const __half* base = static_cast<const __half*>(of_x ? join.x : join.skip) + from;
+        const __half* added = static_cast<const __half*>(of_x ? join.x_residual : join.residual);
+        bool adds = added != nullptr;
+        Vector<__half> residual[V];
+        int32_t count = 0;
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            int32_t position = v * p.plan.lanes + lane;
+            data[v].clear(0);
+            if (wide > 0 && position < rows) {
+                data[v].load(base + position * width);
+                if (adds) residual[v].load(added + from + position * width);
+                count++;
+            }
+        }
+        float scale = adds ? (of_x ? join.x_scales : join.scales)[blockIdx.z] : 0.f;
+        __half* y = static_cast<__half*>(join.y) + sample;
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            if (v >= count) break;
+            if (adds) add_scaled(data[v], scale, residual[v]);
+            data[v].store(y + offset(v * p.plan.lanes + lane));
         }
         return count;
     }
@@ -169,9 +203,9 @@ private:
     __device__ __forceinline__ bool in_segment(int c, int s) const { return c < wide && segment(c) == s; }
 };
 
-// One pass: the blocks of a cluster hold all positions of their tile in registers.
-template <typename T, int V, int kSegments>
-__global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) one_launch(const Params p) {
+// One pass: the blocks of a cluster hold all positions of their tile in registers, read or joined there.
+template <typename T, int V, int kSegments, typename P = Params>
+__global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) one_launch(const P p) {
     const Plan& plan = p.plan;
     Thread<T, kSegments> thread(p);
     Shared shared(plan);
@@ -179,7 +213,11 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
     Vector<T> row;
     Vector<float> scale, shift;
     wait_for_previous();
-    int32_t count = thread.load(data, 0);
+    int32_t count;
+    if constexpr (std::is_same_v<P, JoinParams>)
+        count = thread.load_joined(data, p.join);
+    else
+        count = thread.load(data, 0);
     thread.load_row(row);
     Record records[kSegments];
     thread.take(records, data, count, row);

@@ -100,4 +100,11 @@ struct alignas(16) Vector {
     }
 };
 
+// y + scale · x in y, rounded once.
+__device__ __forceinline__ void add_scaled(Vector<__half>& y, float scale, const Vector<__half>& x) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i++)
+        from_float(to_float(y.value[i]) + scale * to_float(x.value[i]), y.value[i]);
+}
+
 }  // namespace canny

@@ -2,6 +2,7 @@
 #include "kernel.cuh"
 
 #include "../launch.cuh"
+#include "../tokens/kernel.h"
 #include "kernel.h"
 
 int32_t canny_group_norm(const CannyGroupNorm* call, cudaStream_t stream) {
@@ -12,6 +13,22 @@ int32_t canny_group_norm(const CannyGroupNorm* call, cudaStream_t stream) {
         return error == cudaSuccess;
     });
     return error;
+}
+
+int32_t canny_join_norm(const CannyJoinNorm* call, cudaStream_t stream) {
+    int32_t error = cudaErrorNotSupported;
+    auto launch = [&](auto kernel, dim3 grid, int32_t cluster, const canny::JoinParams& p) {
+        error = canny::launch_early(kernel, grid, p.plan.threads, p.plan.shared, stream, p, cluster);
+        return error == cudaSuccess;
+    };
+    auto join = [&](const CannyJoin& part) { return (error = canny_join(&part, stream)) == cudaSuccess; };
+    auto norm = [&](const CannyGroupNorm& part) { return (error = canny_group_norm(&part, stream)) == cudaSuccess; };
+    canny::run(*call, launch, join, norm);
+    return error;
+}
+
+uint64_t canny_join_norm_workspace(const CannyJoinNorm* call) {
+    return canny::plan_of(canny::norm_of(*call)).workspace;
 }
 
 uint64_t canny_group_norm_workspace(const CannyGroupNorm* call) { return canny::plan_of(*call).workspace; }

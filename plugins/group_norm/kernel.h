@@ -12,6 +12,10 @@
 // Enqueue one GroupNorm on a stream; returns a cudaError_t, cudaErrorNotSupported where the shape cannot be done.
 CANNY_EXPORT int32_t canny_group_norm(const CannyGroupNorm* call, cudaStream_t stream);
 
+// The same of a join and a GroupNorm, in one launch where GroupNorm takes one.
+CANNY_EXPORT int32_t canny_join_norm(const CannyJoinNorm* call, cudaStream_t stream);
+CANNY_EXPORT uint64_t canny_join_norm_workspace(const CannyJoinNorm* call);
+
 // Bytes of workspace that a call needs.
 CANNY_EXPORT uint64_t canny_group_norm_workspace(const CannyGroupNorm* call);
 

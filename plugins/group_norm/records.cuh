@@ -5,6 +5,7 @@
 // same order. Nothing cancels, and the same input gives the same bits.
 #pragma once
 
+#include "../tokens/call.h"
 #include "device.cuh"
 #include "plan.h"
 
@@ -20,6 +21,11 @@ struct Params {
     int32_t channels, positions, groups, row_stride, silu;
     float epsilon;
     Plan plan;
+};
+
+// With x, which is null, still to be joined.
+struct JoinParams : Params {
+    CannyJoin join;
 };
 
 struct Record {

@@ -1,7 +1,9 @@
 // What TensorRT's plugins share: their fields, and where they say what is wrong.
 //
 // A plugin is a type `Op` with a struct `Fields` whose first member is `version`, the table `fields` of its members,
-// and functions of what TensorRT asks; plugin_v2.cpp and plugin_v3.cpp give it to TensorRT.
+// and functions of what TensorRT asks; plugin_v2.cpp and plugin_v3.cpp give it to TensorRT. It has one output, of the
+// type of its first input; with a function `outputs` as many as that says, all of this type and of one shape, and
+// `enqueue` gets all their addresses.
 #pragma once
 
 #include <array>
@@ -9,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <type_traits>
 
 #include <NvInferRuntime.h>
 
@@ -18,7 +21,7 @@ namespace canny {
 
 constexpr char kPluginVersion[] = "1";
 constexpr int32_t kFieldsVersion = 1;  // of what a plan holds; another one is refused
-constexpr int32_t kMostTensors = 8;
+constexpr int32_t kMostTensors = 12;
 
 // A field of a plugin: an int32, or a float where it is `real`.
 struct Field {
@@ -26,6 +29,19 @@ struct Field {
     bool real;
     size_t offset;
 };
+
+template <typename Op, typename = void>
+constexpr bool kSeveralOutputs = false;
+template <typename Op>
+constexpr bool kSeveralOutputs<Op, std::void_t<decltype(&Op::outputs)>> = true;
+
+template <typename Op>
+int32_t outputs_of(const typename Op::Fields& fields) {
+    if constexpr (kSeveralOutputs<Op>)
+        return Op::outputs(fields);
+    else
+        return 1;
+}
 
 // TensorRT's logger, which it names when it loads the library.
 inline nvinfer1::ILoggerFinder* logger_finder = nullptr;
@@ -110,13 +126,13 @@ std::string input_fault(const typename Op::Fields& fields, const nvinfer1::Plugi
     return known(in, count) ? Op::shape_fault(fields, in) : "";
 }
 
-// Whether tensor `pos` may have its type and format, those before it having theirs; the output is the last.
+// Whether tensor `pos` may have its type and format, those before it having theirs; the outputs are the last.
 template <typename Op>
 bool supports(
     const typename Op::Fields& fields, int32_t pos, const nvinfer1::PluginTensorDesc* tensors, int32_t inputs,
     int32_t outputs
 ) {
-    return inputs == Op::inputs(fields) && outputs == 1 && pos >= 0 && pos <= inputs &&
+    return inputs == Op::inputs(fields) && outputs == outputs_of<Op>(fields) && pos >= 0 && pos < inputs + outputs &&
            Op::supports(fields, pos, tensors);
 }
 
@@ -127,7 +143,11 @@ int32_t enqueue(
     const void* const* from, void* const* to, void* workspace, cudaStream_t stream
 ) {
     if (!max_cluster) max_cluster = canny_max_cluster();
-    int32_t error = Op::enqueue(fields, max_cluster, in, from, to[0], workspace, stream);
+    int32_t error = 0;
+    if constexpr (kSeveralOutputs<Op>)
+        error = Op::enqueue(fields, max_cluster, in, from, to, workspace, stream);
+    else
+        error = Op::enqueue(fields, max_cluster, in, from, to[0], workspace, stream);
     if (error) complain<Op>("its kernel was not launched: " + std::string(cudaGetErrorString(cudaError_t(error))));
     return error;
 }

@@ -1,8 +1,10 @@
 // The plugins for TensorRT 8.6, each an IPluginV2DynamicExt.
 #include "../attention/op.h"
 #include "../conv/op.h"
+#include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
+#include "../tokens/update_op.h"
 
 #if NV_TENSORRT_MAJOR != 8
 #error "plugin_v2.cpp is for TensorRT 8.6; plugin_v3.cpp is for 10 and newer"
@@ -22,7 +24,7 @@ public:
 
     AsciiChar const* getPluginType() const noexcept override { return Op::name; }
     AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
-    int32_t getNbOutputs() const noexcept override { return 1; }
+    int32_t getNbOutputs() const noexcept override { return outputs_of<Op>(fields_); }
     void terminate() noexcept override {}
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(AsciiChar const* space) noexcept override { namespace_ = space; }
@@ -135,8 +137,10 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::AddOp> add;
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
+    static canny::Creator<canny::JoinNormOp> join_norm;
+    static canny::Creator<canny::UpdateOp> update;
     static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                         &add,        &conv,      &join};
-    count = 7;
+                                                         &add,        &conv,      &join, &join_norm, &update};
+    count = 9;
     return creators;
 }

@@ -1,8 +1,12 @@
 // The plugins for TensorRT 10 and newer, each an IPluginV3.
+#include <algorithm>
+
 #include "../attention/op.h"
 #include "../conv/op.h"
+#include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
+#include "../tokens/update_op.h"
 
 #if NV_TENSORRT_MAJOR < 10
 #error "plugin_v3.cpp is for TensorRT 10 and newer; plugin_v2.cpp is for 8.6"
@@ -40,18 +44,18 @@ public:
     AsciiChar const* getPluginName() const noexcept override { return Op::name; }
     AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
-    int32_t getNbOutputs() const noexcept override { return 1; }
+    int32_t getNbOutputs() const noexcept override { return outputs_of<Op>(fields_); }
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &stored_.all; }
 
     int32_t getOutputDataTypes(DataType* out, int32_t, DataType const* in, int32_t) const noexcept override {
-        out[0] = in[0];
+        std::fill_n(out, outputs_of<Op>(fields_), in[0]);
         return 0;
     }
 
     int32_t getOutputShapes(
         DimsExprs const* in, int32_t, DimsExprs const*, int32_t, DimsExprs* out, int32_t, IExprBuilder& build
     ) noexcept override {
-        out[0] = Op::output(fields_, in, build);
+        std::fill_n(out, outputs_of<Op>(fields_), Op::output(fields_, in, build));
         return 0;
     }
 
@@ -81,11 +85,14 @@ public:
     }
 
     size_t getWorkspaceSize(
-        DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t
+        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*, int32_t
     ) const noexcept override {
-        PluginTensorDesc largest = in[0].desc;
-        largest.dims = in[0].max;
-        return Op::workspace(fields_, &largest);
+        PluginTensorDesc largest[kMostTensors] = {};
+        for (int32_t i = 0; i < inputs && i < kMostTensors; i++) {
+            largest[i] = in[i].desc;
+            largest[i].dims = in[i].max;
+        }
+        return Op::workspace(fields_, largest);
     }
 
     int32_t enqueue(
@@ -137,8 +144,10 @@ CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
     static canny::Creator<canny::AddOp> add;
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
+    static canny::Creator<canny::JoinNormOp> join_norm;
+    static canny::Creator<canny::UpdateOp> update;
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                                  &add,        &conv,      &join};
-    count = 7;
+                                                                  &add,        &conv,      &join, &join_norm, &update};
+    count = 9;
     return creators;
 }

@@ -35,9 +35,7 @@ struct LayerNormOp {
     }
 
     static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
-        if (pos == 0 || pos == 3) return is_token_map(tensors[pos]);
-        return tensors[pos].type == nvinfer1::DataType::kFLOAT &&
-               tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
+        return pos == 0 || pos == 3 ? is_token_map(tensors[pos]) : is_plain_float(tensors[pos]);
     }
 
     static std::string shape_fault(const Fields&, const Tensor* in) {
@@ -122,9 +120,7 @@ struct AddOp {
 
     static std::string shape_fault(const Fields&, const Tensor* in) {
         const nvinfer1::Dims &a = in[0].dims, &b = in[1].dims;
-        bool same = a.nbDims == b.nbDims;
-        for (int32_t i = 0; same && i < a.nbDims; i++) same = a.d[i] == b.d[i];
-        return same ? token_map_fault(a, 1) : "its inputs must have one shape";
+        return same_shape(a, b) ? token_map_fault(a, 1) : "its inputs must have one shape";
     }
 
     static size_t workspace(const Fields&, const Tensor*) { return 0; }
@@ -139,24 +135,29 @@ struct AddOp {
     }
 };
 
-// What the UNet's output half begins each block with: a skip with ControlNet's residual behind x.
+// What the UNet's output half begins each block with: a skip and its residual of ControlNet behind x, which may have one.
 struct JoinOp {
     struct Fields {
-        int32_t version = kFieldsVersion, index = 0;  // index: of the residual's line of scales
+        // Lines of scales: of the skip's residual, and of x's, -1 without one.
+        int32_t version = kFieldsVersion, index = 0, x_index = -1;
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyJoin";
-    static constexpr std::array<Field, 2> fields{
-        {{"version", false, offsetof(Fields, version)}, {"index", false, offsetof(Fields, index)}}
+    static constexpr std::array<Field, 3> fields{
+        {{"version", false, offsetof(Fields, version)},
+         {"index", false, offsetof(Fields, index)},
+         {"x_index", false, offsetof(Fields, x_index)}}
     };
 
     static std::string fault(const Fields& f) {
-        return f.index >= 0 ? "" : "index is " + std::to_string(f.index) + ", but must not be negative";
+        if (f.index < 0) return "index is " + std::to_string(f.index) + ", but must not be negative";
+        return f.x_index >= -1 ? "" : "x_index is " + std::to_string(f.x_index) + ", but must be -1 or more";
     }
 
-    // x (B, C, h, w), skip and residual (B, D, h, w), scales (residuals, B) → (B, C + D, h, w).
-    static int32_t inputs(const Fields&) { return 4; }
+    // x (B, C, h, w), skip and residual (B, D, h, w), scales (residuals, B or more) and, or not, x's residual
+    // → (B, C + D, h, w).
+    static int32_t inputs(const Fields& f) { return 4 + (f.x_index >= 0); }
 
     static nvinfer1::DimsExprs output(const Fields&, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         nvinfer1::DimsExprs y = in[0];
@@ -165,23 +166,23 @@ struct JoinOp {
     }
 
     static bool supports(const Fields&, int32_t pos, const Tensor* tensors) {
-        if (pos != 3) return is_token_map(tensors[pos]);
-        return tensors[pos].type == nvinfer1::DataType::kFLOAT &&
-               tensors[pos].format == nvinfer1::TensorFormat::kLINEAR;
+        return pos == 3 ? is_plain_float(tensors[pos]) : is_token_map(tensors[pos]);
     }
 
     static std::string shape_fault(const Fields& f, const Tensor* in) {
-        for (int32_t i = 0; i < 3; i++) {
-            std::string wrong = token_map_fault(in[i].dims, 1);
+        const nvinfer1::Dims &x = in[0].dims, &skip = in[1].dims, &scales = in[3].dims;
+        for (const nvinfer1::Dims& one : {x, skip}) {
+            std::string wrong = token_map_fault(one, 1);
             if (!wrong.empty()) return wrong;
-            for (int32_t k = 0; k < 4; k++)
-                if (in[i].dims.d[k] != in[k == 1 && i == 2 ? 1 : 0].dims.d[k] && !(k == 1 && i == 1))
-                    return "x, skip and residual must be of one batch and size, and the residual of the skip's channels";
         }
-        const nvinfer1::Dims& scales = in[3].dims;
-        if (scales.nbDims != 2 || scales.d[0] <= f.index || scales.d[1] != in[0].dims.d[0])
-            return "scales must have the shape (more than " + std::to_string(f.index) + ", " +
-                   std::to_string(in[0].dims.d[0]) + ")";
+        if (x.d[0] != skip.d[0] || x.d[2] != skip.d[2] || x.d[3] != skip.d[3])
+            return "x and skip must be of one batch and size";
+        if (!same_shape(in[2].dims, skip) || (f.x_index >= 0 && !same_shape(in[4].dims, x)))
+            return "a residual must have the shape of what it is added to";
+        int32_t last = f.index > f.x_index ? f.index : f.x_index;
+        if (scales.nbDims != 2 || scales.d[0] <= last || scales.d[1] < x.d[0])
+            return "scales must have the shape (more than " + std::to_string(last) + ", " + std::to_string(x.d[0]) +
+                   " or more)";
         return "";
     }
 
@@ -191,13 +192,25 @@ struct JoinOp {
     static int32_t enqueue(
         const Fields& f, int32_t, const Tensor* in, const void* const* from, void* to, void*, cudaStream_t stream
     ) {
-        const nvinfer1::Dims &x = in[0].dims, &skip = in[1].dims;
-        CannyJoin call{from[0], from[1], from[2], static_cast<const float*>(from[3]) + f.index * x.d[0], to};
+        CannyJoin call = call_of(f, in, from);
+        call.y = to;
+        return canny_join(&call, stream);
+    }
+
+    // The call without the address of y.
+    static CannyJoin call_of(const Fields& f, const Tensor* in, const void* const* from) {
+        const nvinfer1::Dims& x = in[0].dims;
+        const float* scales = static_cast<const float*>(from[3]);
+        CannyJoin call{from[0], from[1], from[2], scales + f.index * in[3].dims.d[1]};
+        if (f.x_index >= 0) {
+            call.x_residual = from[4];
+            call.x_scales = scales + f.x_index * in[3].dims.d[1];
+        }
         call.batch = int32_t(x.d[0]);
         call.positions = int32_t(x.d[2] * x.d[3]);
         call.first = int32_t(x.d[1]);
-        call.second = int32_t(skip.d[1]);
-        return canny_join(&call, stream);
+        call.second = int32_t(in[1].dims.d[1]);
+        return call;
     }
 };
 

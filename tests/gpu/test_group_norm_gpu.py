@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.attention import residuals
 from bench.group_norm import chain, norms
 from plugins.call import GroupNorm, error, group_norm_on_gpu, plan
+from plugins.token_calls import Join, JoinNorm, join_norm_on_gpu, tokens_on_gpu
 from runtime.engine import Engine, gpu
 from trt_builder.config import ModelConfig, Shape
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
@@ -73,6 +75,39 @@ def test_the_same_bits_a_hundred_times_in_a_graph(
 ) -> None:
     with group_norm_on_gpu(library, norm, norm.arrays(), overlap=overlap) as on_gpu:
         same_bits_in_a_graph(on_gpu, 1)
+
+
+JOINED = [
+    JoinNorm(one)
+    for shape in (Shape(256, 384, 1), Shape(256, 384, 2))
+    for one in residuals(ModelConfig.load("sd15"), shape)
+    if isinstance(one, Join)
+] + [JoinNorm(Join(2, 9, 8, 56), groups=4, silu=False), JoinNorm(Join(2, 7, 40, 24, True)),
+     JoinNorm(Join(1, 96 * 128, 64, 64))]  # fmt: skip
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("what", JOINED, ids=str)
+def test_what_is_joined_and_its_group_norm(
+    library: Any, what: JoinNorm, mean: float, same_bits_in_a_graph: Any
+) -> None:
+    """Each against float64, and the bits of CannyJoin and of CannyGroupNorm behind it."""
+    arrays = what.arrays(mean)
+    with join_norm_on_gpu(library, what, arrays) as on_gpu:
+        on_gpu.launch()
+        y, joined = on_gpu.result(), on_gpu.result("joined")
+        same_bits_in_a_graph(on_gpu, 1)
+        assert joined.tobytes() == on_gpu.result("joined").tobytes()
+    assert error(joined, what.join.expected(arrays)) < 1e-3
+    assert error(y, what.expected(arrays, joined)) < 2e-3
+    with tokens_on_gpu(library, what.join, {k: v for k, v in arrays.items() if k not in ("gamma", "beta")}) as on_gpu:
+        on_gpu.launch()
+        assert joined.tobytes() == on_gpu.result().tobytes()
+    x = joined.reshape(what.join.batch, what.join.positions, -1).transpose(0, 2, 1)[..., None]
+    with group_norm_on_gpu(library, what.norm, {"x": x, **{k: arrays[k] for k in ("gamma", "beta")}}) as on_gpu:
+        on_gpu.launch()
+        again = on_gpu.result()[..., 0].transpose(0, 2, 1).reshape(y.shape)
+    assert y.tobytes() == np.ascontiguousarray(again).tobytes()
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0])
