@@ -190,6 +190,4 @@ inline float2 cluster_read_2(const float* mine, int rank) {
 
 inline void let_next_begin() {}
 
-inline void cluster_arrive_read() { cluster_arrive(); }
-
 }  // namespace canny

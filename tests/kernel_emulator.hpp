@@ -308,6 +308,8 @@ inline void cluster_arrive() {
     emulator::cluster.arrive();
 }
 
+inline void cluster_arrive_read() { cluster_arrive(); }
+
 inline void cluster_wait() { emulator::wait(emulator::cluster, emulator::current->cluster_generation); }
 
 inline void wait_for_previous() { emulator::current->waited = true; }

@@ -197,11 +197,6 @@ __device__ __forceinline__ float2 cluster_read_2(const float* mine, int rank) {
     return v;
 }
 
-// cluster_arrive without the wait for what was written, which takes long: for those who only have read.
-__device__ __forceinline__ void cluster_arrive_read() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 }  // namespace canny
 #endif
 

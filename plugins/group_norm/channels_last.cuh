@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
         theirs.squares = cluster_read(&mine->squares, rank);
         return theirs;
     });
-    if (plan.slices > 1) cluster_arrive();
+    if (plan.slices > 1) cluster_arrive_read();
     __syncthreads();
     thread.coefficients(shared, row, scale, shift);
     thread.apply(data, 0, count, scale, shift);

@@ -23,6 +23,13 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// The same without the wait for what was written, which takes long: for those who only have read.
+__device__ __forceinline__ void cluster_arrive_read() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
