@@ -25,6 +25,7 @@ SHAPES = [
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 64, 9, 13, 64), Conv(2, 640, 9, 13, 128, size=1),
     Conv(1, 128, 16, 24, 64), Conv(2, 64, 16, 24, 64, stride=2),
 ]  # fmt: skip
+WIDE = Conv(2, 320, 9, 14, 512, 1, residual_batch=1, norm=True, cluster=1, high=128, wide=256, epsilon=0.1)
 ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=5, high=128, wide=64)
 
 
@@ -52,6 +53,18 @@ def test_against_float64(emulator: Any, conv: Conv, cluster: int) -> None:
 def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
     conv = Conv(2, 128, height, 12, 128, residual_batch=1, wide=wide, cluster=4)
     assert error(*emulate(emulator, conv, order=2)) < 1e-3
+
+
+@pytest.mark.parametrize("residual", [0, 1, 2])
+@pytest.mark.parametrize("cluster", [1, 3, 8])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("high", [64, 128])
+@pytest.mark.parametrize("wide", [192, 256])
+def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: int, residual: int) -> None:
+    """Two of filters, two of rows of which the second is not full."""
+    height = 5 if high == 64 else 7
+    conv = Conv(2, 576, height, 11, 2 * wide, 1, 1, residual, norm, cluster=cluster, high=high, wide=wide)
+    assert error(*emulate(emulator, conv, order=(cluster + residual) % 3)) < 1e-3
 
 
 @pytest.mark.slow
@@ -122,7 +135,7 @@ def test_expected_is_what_torch_says() -> None:
         np.testing.assert_allclose(conv.expected(arrays), y.movedim(1, 3).numpy(), atol=1e-12)
 
 
-@pytest.mark.parametrize("conv", [ONE, replace(ONE, cluster=7, size=1, channels=640)], ids=str)
+@pytest.mark.parametrize("conv", [ONE, replace(ONE, cluster=7, size=1, channels=640), WIDE], ids=str)
 def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Conv) -> None:
     first, _ = emulate(emulator, conv)
     for order in (1, 2, 3):
@@ -186,7 +199,7 @@ NORM_MISTAKES = [
     ("moments.add(a[0]);", ""), ("moments.add(after);", ""), ("moments.add(after);", "moments.add(mine);"),
     ("x[i / 2 % 2] += value", "x[i % 2] += value"),
     ("squares[i / 2 % 2] += value * value", "squares[0] += value * value"),
-    ("mask <= 2", "mask <= 1"), ("(row + 8 * i) * kSumsPitch", "row * kSumsPitch"),
+    ("mask <= 2; mask *= 2) sum", "mask <= 1; mask *= 2) sum"), ("(row + 8 * i) * kSumsPitch", "row * kSumsPitch"),
     ("cluster_read_2(row + kWide, other)", "cluster_read_2(row + kWide, rank)"),
     ("moments[1] += more[i].y", "moments[1] = more[i].y"),
     ("fmaxf(square - mean * mean, 0.f)", "square"), ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
@@ -201,6 +214,23 @@ def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tu
     two_tiles = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
     found = not all(right(library, two_tiles, order) for order in (0, 1, 2))
     assert found or not is_finite_of_equal_numbers(library)
+
+
+WIDE_MISTAKES = [
+    ("(high ? low : up) = theirs;", "up = theirs;"), ("high ? low : up, mask)", "up, mask)"),
+    ("words[mask == 1 ? 2 * i : i]", "words[i]"), ("if (row < p.rows) store_words", "store_words"),
+    ("i / 2 * 16 + k * 4 + i % 2 * 2", "i / 2 * 16 + k * 4"), ("norms[i % 2]", "norms[0]"),
+    ("norm.mean * of_filters.y", "norm.mean * of_filters.x"),
+    ("filter = first_filter + i / 2 * 32", "filter = i / 2 * 32"),
+    ("y.y + to_float(more[1])", "y.y + to_float(more[0])"), ("moments.join();", ""),
+    ("if (Block::kDirect && p.cluster == 1) return;", ""), ("i < kWide / 64", "i < 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WIDE_MISTAKES, ids=lambda mistake: mistake[-1][:40])
+def test_the_emulator_finds_mistakes_in_wide_tiles(tmp_path: Path, mistake: tuple[str, str]) -> None:
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, *mistake)
+    assert not all(right(library, WIDE, order) for order in (0, 1))
 
 
 def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None:
@@ -225,6 +255,13 @@ def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None
 def test_shapes_that_have_no_kernel(emulator: Any, changes: dict[str, Any]) -> None:
     conv = replace(SHAPES[0], **changes)
     assert emulator.emulate_conv(ctypes.byref(conv.call()), 0) == 1 and conv.plan(emulator) is None
+
+
+@pytest.mark.parametrize("wide", [192, 256])
+def test_only_1x1_have_wide_tiles(emulator: Any, wide: int) -> None:
+    one = Conv(2, 64, 8, 12, 2 * wide, 1, wide=wide)
+    assert one.plan(emulator) and not replace(one, size=3).plan(emulator)
+    assert not replace(one, filters=2 * wide + 64).plan(emulator)
 
 
 def test_only_1x1_take_a_layer_norm(emulator: Any) -> None:

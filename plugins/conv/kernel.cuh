@@ -1,7 +1,7 @@
 // Convolutions of small maps as matrix products (B·h·w) × (taps·channels) × filters, in half precision with sums in
 // float. With few positions the time is that of reading the weights, once and all at the same time:
 //
-// - A tile is 64 or 128 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
+// - A tile is 64 or 128 positions × 64 or 128 filters, or 192 or 256 of a 1×1 convolution. The blocks of a cluster share it: each has a slice of the
 //   products' length, and adds up a part of the tile through the others' shared memory, always in the same order.
 // - One warp has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Three
 //   copy the positions' channels, 64 of them once for all nine taps. Barriers tell who waits for whom.
@@ -48,13 +48,39 @@ struct ConvRing {
     }
 };
 
+// 16 bytes.
+__device__ __forceinline__ void load_words(uint32_t (&words)[4], const __half* from) {
+    uint4 v = *reinterpret_cast<const uint4*>(from);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+}
+
+__device__ __forceinline__ void store_words(const uint32_t (&words)[4], __half* to) {
+    *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+}
+
+// Word j of lane i of four goes to word i of lane j.
+__device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
+#pragma unroll
+    for (int mask = 1; mask <= 2; mask *= 2) {
+        bool high = threadIdx.x & mask;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t &low = words[mask == 1 ? 2 * i : i], &up = words[mask == 1 ? 2 * i + 1 : i + 2];
+            uint32_t theirs = __shfl_xor_sync(0xffffffffu, high ? low : up, mask);
+            (high ? low : up) = theirs;
+        }
+    }
+}
+
 // kNorm: with a LayerNorm before it.
 template <int kGroups, int kWide, bool kNorm>
 struct ConvBlock {
     static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kSumsPitch = kWide + 8;  // pitch: no bank conflicts
     static constexpr int kUnit = kWide * kConvDeep;                                        // weights of a unit
     static constexpr int kVectors = kWide / 8;                                             // pieces of a row
-    static constexpr int kConsumers = kGroups * kConvWarpgroup, kLoaders = conv_loaders(kGroups);
+    static constexpr int kConsumers = kGroups * kConvWarpgroup, kLoaders = conv_loaders(kGroups, kWide);
+    static constexpr bool kUneven = kGroups == 2 && kWide == 256;  // its sums need more registers than each thread can have
+    static constexpr bool kDirect = kWide > kConvNarrow;  // without a cluster the sums are stored from registers
 
     const ConvParams& p;
     char* memory;
@@ -158,6 +184,15 @@ struct ConvBlock {
                 x[i / 2 % 2] += value, squares[i / 2 % 2] += value * value;
             }
         }
+
+        // With those of the three other lanes that have the same rows.
+        __device__ __forceinline__ void join() {
+#pragma unroll
+            for (int i = 0; i < (kNorm ? 4 : 0); i++) {
+                float& sum = i < 2 ? x[i] : squares[i - 2];
+                for (int mask = 1; mask <= 2; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+            }
+        }
     };
 
     // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments.
@@ -196,6 +231,7 @@ struct ConvBlock {
         }
         products_wait<0>();
         products_done(sums);
+        moments.join();
     }
 
     // This warp's 16 positions × 64 channels of a tap.
@@ -217,13 +253,62 @@ struct ConvBlock {
             *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * kSumsPitch + i / 4 * 8) = make_float2(sums[i], sums[i + 1]);
 #pragma unroll
         for (int i = 0; i < (kNorm ? 2 : 0); i++) {
-            float x = moments.x[i], squares = moments.squares[i];
-            for (int mask = 1; mask <= 2; mask *= 2) {
-                x += __shfl_xor_sync(0xffffffffu, x, mask);
-                squares += __shfl_xor_sync(0xffffffffu, squares, mask);
-            }
             to = reinterpret_cast<float*>(memory) + (row + 8 * i) * kSumsPitch + kWide;
-            if (lane % 4 == 0) *reinterpret_cast<float2*>(to) = make_float2(x, squares);
+            if (lane % 4 == 0) *reinterpret_cast<float2*>(to) = make_float2(moments.x[i], moments.squares[i]);
+        }
+    }
+
+    // A LayerNorm of a row: by · (x·w - mean · the sum of w) is what its product by w should be.
+    struct Norm {
+        float mean = 0.f, by = 1.f;
+    };
+
+    __device__ __forceinline__ Norm norm_of(float x, float squares) const {
+        float mean = x / p.call.channels, square = squares / p.call.channels;
+        return {mean, rsqrtf(fmaxf(square - mean * mean, 0.f) + p.call.epsilon)};
+    }
+
+    // Which line of the residual a row has added.
+    __device__ __forceinline__ int32_t residual_row(int32_t row) const {
+        return row - conv_divide(row, p.by_residual) * p.call.residual_batch * p.out_height * p.out_width;
+    }
+
+    // Two sums of a thread, of those in `sums` from `at` on, with LayerNorm and bias; their filter is the first of both.
+    __device__ __forceinline__ float2 made(const float (&sums)[kSums], int at, const Norm& norm, int32_t filter) const {
+        float2 bias = *reinterpret_cast<const float2*>(p.call.bias + filter), y = make_float2(sums[at], sums[at + 1]);
+        if constexpr (kNorm) {
+            float2 of_filters = *reinterpret_cast<const float2*>(p.call.weight_sums + filter);
+            y.x = norm.by * (y.x - norm.mean * of_filters.x), y.y = norm.by * (y.y - norm.mean * of_filters.y);
+        }
+        return make_float2(y.x + bias.x, y.y + bias.y);
+    }
+
+    // Store the sums from the registers that they are in: a lane has two of every eight filters, and four lanes swap
+    // theirs, so that each has eight side by side, and all of them 64 bytes.
+    __device__ __forceinline__ void store_own(const float (&sums)[kSums], const Moments& moments) const {
+        const CannyConv& c = p.call;
+        int32_t lane = threadIdx.x % 32, first = first_row + threadIdx.x / 32 * 16 + lane / 4;
+        Norm norms[2];
+        if constexpr (kNorm)
+            for (int i = 0; i < 2; i++) norms[i] = norm_of(moments.x[i], moments.squares[i]);
+#pragma unroll
+        for (int i = 0; i < kSums / 8; i++) {
+            int32_t row = first + i % 2 * 8, filter = first_filter + i / 2 * 32;
+            uint32_t words[4] = {};
+            if (c.residual) {
+                int64_t from = int64_t(residual_row(row)) * c.filters + filter + lane % 4 * 8;
+                if (row < p.rows) load_words(words, static_cast<const __half*>(c.residual) + from);
+                swap_words(words);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const __half* more = reinterpret_cast<const __half*>(&words[k]);
+                float2 y = made(sums, i / 2 * 16 + k * 4 + i % 2 * 2, norms[i % 2], filter + k * 8 + lane % 4 * 2);
+                words[k] = pack(y.x + to_float(more[0]), y.y + to_float(more[1]));
+            }
+            swap_words(words);
+            int64_t to = int64_t(row) * c.filters + filter + lane % 4 * 8;
+            if (row < p.rows) store_words(words, static_cast<__half*>(c.y) + to);
         }
     }
 
@@ -243,8 +328,7 @@ struct ConvBlock {
         piece.bias.load(c.bias + filter);
         if constexpr (kNorm) piece.weight_sums.load(c.weight_sums + filter);
         if (!c.residual) return;
-        row -= conv_divide(row, p.by_residual) * c.residual_batch * p.out_height * p.out_width;
-        piece.residual.load(static_cast<const __half*>(c.residual) + int64_t(row) * c.filters + filter);
+        piece.residual.load(static_cast<const __half*>(c.residual) + int64_t(residual_row(row)) * c.filters + filter);
     }
 
     __device__ __forceinline__ Piece first_piece() const {
@@ -276,10 +360,10 @@ struct ConvBlock {
     }
 
     __device__ __forceinline__ void normalise(float (&y)[8], const float (&moments)[2], const Piece& piece) const {
-        float mean = moments[0] / p.call.channels, square = moments[1] / p.call.channels;
-        float by = rsqrtf(fmaxf(square - mean * mean, 0.f) + p.call.epsilon);
+        Norm norm = norm_of(moments[0], moments[1]);
 #pragma unroll
-        for (int k = 0; k < 8; k++) y[k] = by * (y[k] - mean * piece.weight_sums.value[k]) + piece.bias.value[k];
+        for (int k = 0; k < 8; k++)
+            y[k] = norm.by * (y[k] - norm.mean * piece.weight_sums.value[k]) + piece.bias.value[k];
     }
 
     // Add up eight sums of a row from a column on, and its moments: four blocks at a time, of which everything is asked
@@ -313,7 +397,8 @@ struct ConvBlock {
 
 // Grid: blocks of a cluster, tiles of filters, tiles of rows.
 template <int kGroups, int kWide, bool kNorm>
-__global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, kWide)) conv(const ConvParams p) {
+__global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kGroups, kWide))
+    conv(const ConvParams p) {
     using Block = ConvBlock<kGroups, kWide, kNorm>;
     Block block(p);
     int32_t helper = int32_t(threadIdx.x) - Block::kConsumers, ahead = min(block.last, block.first + p.places);
@@ -328,18 +413,22 @@ __global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, 
     __syncthreads();  // barriers and zeros are there
     wait_for_previous();
     if (helper < 0) {
+        if constexpr (Block::kUneven) registers_more<kConvMoreRegisters>();
         float sums[Block::kSums] = {};
         typename Block::Moments moments;
         block.multiply(sums, moments, row);
         let_next_begin();  // not before: its blocks would take places from those of another stream
+        if (Block::kDirect && p.cluster == 1) return block.store_own(sums, moments);
         group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
         block.lay_out(sums, moments);
-    } else if (helper < Block::kLoaders) {
-        block.copy_positions(helper);
-    } else if (helper == Block::kLoaders) {
-        block.copy_weights(ring, ahead, block.last);
+    } else {
+        if constexpr (Block::kUneven) registers_less<kConvFewRegisters>();
+        if (helper < Block::kLoaders) block.copy_positions(helper);
+        if (helper == Block::kLoaders) block.copy_weights(ring, ahead, block.last);
     }
+    if (Block::kDirect && p.cluster == 1) return;
     __syncwarp();
+    if constexpr (Block::kUneven) helper < 0 ? registers_less<kConvRegisters>() : registers_more<kConvRegisters>();
     typename Block::Piece piece = block.first_piece();
     __syncthreads();  // the sums are there
     if (p.cluster > 1) cluster_arrive(), cluster_wait();
@@ -354,15 +443,20 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     ConvPlan plan = conv_plan(call);
     if (!plan.groups) return false;
     const ConvParams& p = plan.params;
-    int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups);
+    int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups, plan.wide);
     dim3 grid(p.cluster, call.filters / plan.wide, (p.rows + high - 1) / high);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, p); };
-    auto cut = [&](auto norm) {
+    auto cut = [&](auto groups, auto norm) {
+        constexpr int kGroups = decltype(groups)::value;
         constexpr bool kNorm = decltype(norm)::value;
-        if (plan.groups == 1) return plan.wide == 64 ? go(conv<1, 64, kNorm>) : go(conv<1, 128, kNorm>);
-        return plan.wide == 64 ? go(conv<2, 64, kNorm>) : go(conv<2, 128, kNorm>);
+        if (plan.wide == 64) return go(conv<kGroups, 64, kNorm>);
+        if (plan.wide == 128) return go(conv<kGroups, 128, kNorm>);
+        return plan.wide == 192 ? go(conv<kGroups, 192, kNorm>) : go(conv<kGroups, 256, kNorm>);
     };
-    return call.weight_sums ? cut(std::true_type{}) : cut(std::false_type{});
+    std::integral_constant<int, 1> one;
+    std::integral_constant<int, 2> two;
+    if (call.weight_sums) return plan.groups == 1 ? cut(one, std::true_type{}) : cut(two, std::true_type{});
+    return plan.groups == 1 ? cut(one, std::false_type{}) : cut(two, std::false_type{});
 }
 
 }  // namespace canny
