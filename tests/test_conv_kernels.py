@@ -67,6 +67,14 @@ def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: in
     assert error(*emulate(emulator, conv, order=(cluster + residual) % 3)) < 1e-3
 
 
+@pytest.mark.parametrize("cluster", [0, 1, 3, 8])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("wide", "high"), [(64, 64), (128, 64), (128, 128), (192, 128), (256, 64), (256, 128)])
+def test_a_gate(emulator: Any, wide: int, high: int, norm: bool, cluster: int) -> None:
+    conv = Conv(2, 576, 9, 8, 2 * wide, 1, norm=norm, cluster=cluster, high=high, wide=wide, gate=True)
+    assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
+
+
 @pytest.mark.slow
 def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
     """As long products as a step has, in the cut that the whole shape would have."""
@@ -204,7 +212,7 @@ NORM_MISTAKES = [
     ("moments[1] += more[i].y", "moments[1] = more[i].y"),
     ("fmaxf(square - mean * mean, 0.f)", "square"), ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
     ("mean * piece.weight_sums.value[k]", "mean"), ("c.weight_sums + filter", "c.weight_sums"),
-    ("+ p.call.epsilon)", ")"), ("+ piece.bias.value[k];", ";"),
+    ("+ p.call.epsilon)", ")"), ("piece.bias.value[k] += norm", "piece.bias.value[k] = norm"),
 ]  # fmt: skip
 
 
@@ -219,9 +227,9 @@ def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tu
 WIDE_MISTAKES = [
     ("(high ? low : up) = theirs;", "up = theirs;"), ("high ? low : up, mask)", "up, mask)"),
     ("words[mask == 1 ? 2 * i : i]", "words[i]"), ("if (row < p.rows) store_words", "store_words"),
-    ("i / 2 * 16 + k * 4 + i % 2 * 2", "i / 2 * 16 + k * 4"), ("norms[i % 2]", "norms[0]"),
+    ("eight * 4 + i % 2 * 2", "eight * 4"), ("at, norms[i % 2]", "at, norms[0]"),
     ("norm.mean * of_filters.y", "norm.mean * of_filters.x"),
-    ("filter = first_filter + i / 2 * 32", "filter = i / 2 * 32"),
+    ("filter = first_filter + eight * 8", "filter = eight * 8"),
     ("y.y + to_float(more[1])", "y.y + to_float(more[0])"), ("moments.join();", ""),
     ("if (Block::kDirect && p.cluster == 1) return;", ""), ("i < kWide / 64", "i < 2"),
 ]  # fmt: skip
@@ -231,6 +239,21 @@ WIDE_MISTAKES = [
 def test_the_emulator_finds_mistakes_in_wide_tiles(tmp_path: Path, mistake: tuple[str, str]) -> None:
     library = compile_mistaken(tmp_path, KERNELS, SOURCE, *mistake)
     assert not all(right(library, WIDE, order) for order in (0, 1))
+
+
+GATE_MISTAKES = [
+    ("at + 4, norms", "at + 2, norms"), ("filter + 8);", "filter);"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
+    ("(first_filter >> kGate)", "first_filter"), ("ask(b, piece.at + 1);", "ask(b, piece.at);"),
+    ("y[k] *= gelu(b.bias.value[k])", "y[k] *= b.bias.value[k]"), ("threadIdx.x) << p.", "threadIdx.x) << 2 * p."),
+    ("(first_filter + column) >> gate", "first_filter + column"), ("0.70710678f", "0.6f"), ("total(b);", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", GATE_MISTAKES, ids=lambda mistake: mistake[-1][:40])
+def test_the_emulator_finds_mistakes_in_a_gate(tmp_path: Path, mistake: tuple[str, str]) -> None:
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, *mistake)
+    alone = replace(WIDE, residual_batch=0, gate=True)
+    assert not (right(library, alone, 1) and right(library, replace(alone, cluster=3, filters=256, wide=128), 0))
 
 
 def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None:
@@ -262,6 +285,15 @@ def test_only_1x1_have_wide_tiles(emulator: Any, wide: int) -> None:
     one = Conv(2, 64, 8, 12, 2 * wide, 1, wide=wide)
     assert one.plan(emulator) and not replace(one, size=3).plan(emulator)
     assert not replace(one, filters=2 * wide + 64).plan(emulator)
+
+
+def test_only_1x1_without_a_residual_take_a_gate(emulator: Any) -> None:
+    one = Conv(2, 64, 8, 12, 128, 1, gate=True)
+    assert one.plan(emulator) and not replace(one, size=3).plan(emulator)
+    assert not replace(one, high=128, wide=64).plan(emulator)  # no registers for it
+    call: Any = one.call()
+    call.residual, call.residual_batch = 16, 1
+    assert emulator.emulate_conv(ctypes.byref(call), 0) == 1
 
 
 def test_only_1x1_take_a_layer_norm(emulator: Any) -> None:

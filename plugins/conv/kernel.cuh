@@ -58,6 +58,8 @@ __device__ __forceinline__ void store_words(const uint32_t (&words)[4], __half* 
     *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
 }
 
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
+
 // Word j of lane i of four goes to word i of lane j.
 __device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
 #pragma unroll
@@ -80,6 +82,7 @@ struct ConvBlock {
     static constexpr int kVectors = kWide / 8;                                             // pieces of a row
     static constexpr int kConsumers = kGroups * kConvWarpgroup, kLoaders = conv_loaders(kGroups, kWide);
     static constexpr bool kUneven = kGroups == 2 && kWide == 256;  // its sums need more registers than each thread can have
+    static constexpr bool kGates = conv_gates(kGroups, kWide);
     static constexpr bool kDirect = kWide > kConvNarrow;  // without a cluster the sums are stored from registers
 
     const ConvParams& p;
@@ -283,8 +286,9 @@ struct ConvBlock {
         return make_float2(y.x + bias.x, y.y + bias.y);
     }
 
-    // Store the sums from the registers that they are in: a lane has two of every eight filters, and four lanes swap
-    // theirs, so that each has eight side by side, and all of them 64 bytes.
+    // Store the sums from the registers that they are in, kGate: as a · GELU(b). A lane has two of every eight filters, and
+    // four lanes swap theirs, so that each has eight side by side, and all of them 64 bytes.
+    template <int kGate>
     __device__ __forceinline__ void store_own(const float (&sums)[kSums], const Moments& moments) const {
         const CannyConv& c = p.call;
         int32_t lane = threadIdx.x % 32, first = first_row + threadIdx.x / 32 * 16 + lane / 4;
@@ -292,23 +296,29 @@ struct ConvBlock {
         if constexpr (kNorm)
             for (int i = 0; i < 2; i++) norms[i] = norm_of(moments.x[i], moments.squares[i]);
 #pragma unroll
-        for (int i = 0; i < kSums / 8; i++) {
-            int32_t row = first + i % 2 * 8, filter = first_filter + i / 2 * 32;
+        for (int i = 0; i < kSums / 8 >> kGate; i++) {
+            int32_t row = first + i % 2 * 8, column = (first_filter >> kGate) + i / 2 * 32 + lane % 4 * 8;
             uint32_t words[4] = {};
-            if (c.residual) {
-                int64_t from = int64_t(residual_row(row)) * c.filters + filter + lane % 4 * 8;
+            if (!kGate && c.residual) {
+                int64_t from = int64_t(residual_row(row)) * c.filters + column;
                 if (row < p.rows) load_words(words, static_cast<const __half*>(c.residual) + from);
                 swap_words(words);
             }
 #pragma unroll
             for (int k = 0; k < 4; k++) {
+                int eight = (i / 2 * 4 + k) << kGate, at = eight * 4 + i % 2 * 2;
+                int32_t filter = first_filter + eight * 8 + lane % 4 * 2;
                 const __half* more = reinterpret_cast<const __half*>(&words[k]);
-                float2 y = made(sums, i / 2 * 16 + k * 4 + i % 2 * 2, norms[i % 2], filter + k * 8 + lane % 4 * 2);
-                words[k] = pack(y.x + to_float(more[0]), y.y + to_float(more[1]));
+                float2 y = made(sums, at, norms[i % 2], filter);
+                if constexpr (kGate) {
+                    float2 b = made(sums, at + 4, norms[i % 2], filter + 8);
+                    words[k] = pack(y.x * gelu(b.x), y.y * gelu(b.y));
+                } else {
+                    words[k] = pack(y.x + to_float(more[0]), y.y + to_float(more[1]));
+                }
             }
             swap_words(words);
-            int64_t to = int64_t(row) * c.filters + filter + lane % 4 * 8;
-            if (row < p.rows) store_words(words, static_cast<__half*>(c.y) + to);
+            if (row < p.rows) store_words(words, static_cast<__half*>(c.y) + int64_t(row) * (c.filters >> kGate) + column);
         }
     }
 
@@ -333,37 +343,50 @@ struct ConvBlock {
 
     __device__ __forceinline__ Piece first_piece() const {
         Piece piece;
-        ask(piece, rank * blockDim.x + threadIdx.x);
+        ask(piece, (rank * blockDim.x + threadIdx.x) << p.call.gate);
         return piece;
     }
 
-    // Add up this block's share of the tile over the cluster, with bias and residual, and store it.
+    // Add up this block's share of the tile over the cluster, with bias, residual and gate, and store it.
     __device__ __forceinline__ void store(Piece& next) const {
         int32_t count = (p.rows - first_row < kHigh ? p.rows - first_row : kHigh) * kVectors;
+        int32_t gate = kGates ? p.call.gate : 0, step = p.cluster * blockDim.x << gate;
         while (next.at < count) {
             Piece piece = next;
-            if constexpr (!kNorm) ask(next, piece.at + p.cluster * blockDim.x);
+            if constexpr (!kNorm) ask(next, piece.at + step);
             int32_t row = piece.at / kVectors, column = piece.at % kVectors * 8;
-            float zeros[8] = {}, moments[2] = {};
-            float(&y)[8] = kNorm ? zeros : piece.bias.value;
-            add_up(y, moments, reinterpret_cast<const float*>(memory) + row * kSumsPitch, column);
-            if constexpr (kNorm) normalise(y, moments, piece);
+            float(&y)[8] = piece.bias.value;
+            total(piece);
+            if (gate) {
+                Piece b;
+                ask(b, piece.at + 1);
+                total(b);
+#pragma unroll
+                for (int k = 0; k < 8; k++) y[k] *= gelu(b.bias.value[k]);
+            }
             Vector<__half>& v = piece.residual;
             if (p.call.residual)
 #pragma unroll
                 for (int k = 0; k < 8; k++) y[k] += to_float(v.value[k]);
 #pragma unroll
             for (int k = 0; k < 8; k++) from_float(y[k], v.value[k]);
-            v.store(static_cast<__half*>(p.call.y) + int64_t(first_row + row) * p.call.filters + first_filter + column);
-            if constexpr (kNorm) ask(next, piece.at + p.cluster * blockDim.x);  // no registers for two
+            int64_t to = int64_t(first_row + row) * (p.call.filters >> gate) + ((first_filter + column) >> gate);
+            v.store(static_cast<__half*>(p.call.y) + to);
+            if constexpr (kNorm) ask(next, piece.at + step);  // no registers for two
         }
     }
 
-    __device__ __forceinline__ void normalise(float (&y)[8], const float (&moments)[2], const Piece& piece) const {
+    // Put what a piece's sums are, with LayerNorm and bias, where its bias is.
+    __device__ __forceinline__ void total(Piece& piece) const {
+        const float* row = reinterpret_cast<const float*>(memory) + piece.at / kVectors * kSumsPitch;
+        float zeros[8] = {}, moments[2] = {};
+        float(&y)[8] = kNorm ? zeros : piece.bias.value;
+        add_up(y, moments, row, piece.at % kVectors * 8);
+        if constexpr (!kNorm) return;
         Norm norm = norm_of(moments[0], moments[1]);
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            y[k] = norm.by * (y[k] - norm.mean * piece.weight_sums.value[k]) + piece.bias.value[k];
+            piece.bias.value[k] += norm.by * (y[k] - norm.mean * piece.weight_sums.value[k]);
     }
 
     // Add up eight sums of a row from a column on, and its moments: four blocks at a time, of which everything is asked
@@ -418,7 +441,10 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         typename Block::Moments moments;
         block.multiply(sums, moments, row);
         let_next_begin();  // not before: its blocks would take places from those of another stream
-        if (Block::kDirect && p.cluster == 1) return block.store_own(sums, moments);
+        if (Block::kDirect && p.cluster == 1) {
+            if (p.call.gate) return block.template store_own<1>(sums, moments);
+            return block.template store_own<0>(sums, moments);
+        }
         group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
         block.lay_out(sums, moments);
     } else {

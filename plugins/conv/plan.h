@@ -47,6 +47,9 @@ constexpr int32_t conv_threads(int32_t groups, int32_t wide) {
 // Registers of each of three warpgroups; of two that multiply and of the one that copies, where that is too few.
 constexpr int kConvRegisters = 168, kConvMoreRegisters = 208, kConvFewRegisters = 88;
 
+// Whether threads have registers for the gate.
+constexpr bool conv_gates(int32_t groups, int32_t wide) { return groups == 1 || wide > 64; }
+
 // How many blocks a processor has registers for.
 constexpr int32_t conv_together(int32_t groups, int32_t wide) { return groups * wide <= 128 ? 2 : 1; }
 
@@ -119,7 +122,7 @@ inline int32_t conv_beside(const ConvPlan& plan) {
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
     constexpr double kClock = 1.755, kWeightsRate = 4200.;  // per ns: clocks, bytes from memory
-    constexpr double kShared = 11.25, kDirect = 4.;  // ns for the sums of a filter and 64 rows
+    constexpr double kShared = 11.25, kDirect = 4., kGate = 4.4;  // ns for the sums of a filter and 64 rows
     constexpr int32_t kParts = 8, kProcessors = 16, kLost = 3;  // a cluster lies in one of 8 parts; some are split up
     constexpr int32_t kMany = 120, kSome = 70;                  // blocks
     int32_t together = conv_beside(plan);
@@ -133,7 +136,7 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     double readers = double(blocks) * plan.wide / 11558.;  // so many halves ahead keep the memory busy
     double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
     bool direct = plan.wide > kConvNarrow && p.cluster == 1;  // from registers to memory
-    double sums = (direct ? kDirect : kShared) * plan.groups * plan.wide * turns;
+    double sums = ((direct ? kDirect : kShared) + (p.call.gate ? kGate : 0.)) * plan.groups * plan.wide * turns;
     double rest = 2857. + sums + 360. * (p.cluster - 1) + 2456. * (turns - 1) + (blocks >= kMany ? 908. : 0.);
     return int32_t((main > weights ? main : weights) + rest);
 }
@@ -152,6 +155,7 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     if (!sizes || call.channels % kConvDeep || call.filters % 64) return none;
     if ((call.size != 1 && call.size != 3) || (call.stride != 1 && call.stride != 2)) return none;
     if (call.weight_sums && call.size != 1) return none;
+    if (call.gate && (call.gate != 1 || call.size != 1 || call.residual)) return none;
     if (call.residual && (call.residual_batch < 1 || call.residual_batch > call.batch)) return none;
     if (call.cluster < 0 || call.cluster > kConvMostCluster) return none;
     ConvParams p{call};
@@ -169,7 +173,7 @@ inline ConvPlan conv_plan(const CannyConv& call) {
         int32_t groups = at / kWidths + 1, high = 64 * groups, wide = kConvWidths[at % kWidths];
         if (groups > 1 && high - 64 >= p.rows) break;
         if (call.filters % wide || (call.wide && call.wide != wide) || (call.high && call.high != high)) continue;
-        if (wide > kConvNarrow && p.taps > 1) continue;
+        if ((wide > kConvNarrow && p.taps > 1) || (call.gate && !conv_gates(groups, wide))) continue;
         ConvPlan plan;
         plan.params = p;
         plan.wide = wide;
