@@ -10,6 +10,7 @@ from plugins import load as loading
 from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, LAYER_NORM
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
+from trt_builder.plugin_layers import conv_chosen
 from trt_builder.random_weights import random_weights
 from trt_builder.stages import define
 from trt_builder.weights import Weights, expected_shapes
@@ -47,7 +48,8 @@ def define_step(config: ModelConfig, shape: Shape, options: Options) -> None:
 def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Any) -> bool:
     """What `has_conv_plugin` says, for smaller maps and channels."""
     rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
-    return options.conv == "own" and rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
+    served = rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
+    return served and conv_chosen(options.conv, rows, weight)
 
 
 def out(layer: Any) -> Any:
@@ -147,8 +149,8 @@ def numbers(network: Any, constant: Any) -> np.ndarray:
 
 
 def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int,
-         norm: int, epsilon: float) -> Any:  # fmt: skip
-    assert len(rest) == norm + residual
+         norm: int, gate: int, epsilon: float) -> Any:  # fmt: skip
+    assert len(rest) == norm + residual and not (gate and residual)
     blocks, n, filters, channels = numbers(network, weight), weight.shape[2], bias.shape[0], x.shape[1]
     assert blocks.shape == (filters // n, channels // n * size * size, n, n)
     blocks = blocks.reshape(filters // n, channels // n, size, size, n, n // 8, 8)
@@ -160,6 +162,10 @@ def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, st
     layer.stride_nd, layer.padding_nd = (stride, stride), (size // 2, size // 2)
     if norm:
         layer = normalised(network, x, out(layer), rest[0], bias, epsilon)
+    if gate:
+        batch, _, h, w = x.shape
+        eights = out(shuffled(network, out(layer), (), (batch, filters // 16, 2, 8 * h * w), (0, 2, 1, 3)))
+        return geglu(network, out(shuffled(network, eights, (), (batch, filters, h, w))))
     if not residual:
         return layer
     repeated = network.add_concatenation([rest[norm]] * (x.shape[0] // rest[norm].shape[0]))

@@ -10,7 +10,7 @@ from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
     Net,
     conv,
-    geglu_gate,
+    geglu,
     group_norm,
     linear,
     linear_after,
@@ -36,8 +36,7 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor) -> trt.ITensor:
 
 def feed_forward(net: Net, norm: Net, x: trt.ITensor) -> trt.ITensor:
     """x, and LayerNorm, gated linear unit with GELU to 4·C (Shazeer 2020), and back: (B, T, C) → (B, T, C)."""
-    (both,) = linear_after(norm, x, [(net.at("net.0").at("proj"), ())])
-    return linear(net.at("net.2"), geglu_gate(net.at("net.0"), both), residual=x)
+    return linear(net.at("net.2"), geglu(net.at("net.0"), norm, x), residual=x)
 
 
 def self_attention(net: Net, norm: Net, x: trt.ITensor, heads: int) -> trt.ITensor:

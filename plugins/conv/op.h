@@ -49,7 +49,7 @@ struct ConvOp {
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         nvinfer1::DimsExprs y = in[0];
         auto divide = nvinfer1::DimensionOperation::kCEIL_DIV;
-        y.d[1] = build.operation(divide, *in[2].d[0], *build.constant(1 + f.gate));
+        y.d[1] = f.gate ? build.operation(divide, *in[2].d[0], *build.constant(2)) : in[2].d[0];
         for (int32_t i = 2; i < 4; i++)
             y.d[i] = build.operation(divide, *y.d[i], *build.constant(f.stride));
         return y;
