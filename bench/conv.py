@@ -8,6 +8,7 @@ make them come from memory, as in a step, each waiting for the one before it.
   python -m bench.conv --sweep      every likely cut of each shape: blocks of a cluster, rows and filters of a tile
   python -m bench.conv --builtin    and TensorRT's own: an engine of several, without the residual (a build of each)
   python -m bench.conv --layer-norm folded --qkv apart    those of engines that were built so
+  python -m bench.conv --conv all   those of engines that were built so: with the gate of GEGLU in its first product
   python -m bench.conv --plan       no GPU: how each shape is cut, and what it is predicted to take
 """
 
@@ -37,7 +38,7 @@ from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, conv
-from trt_builder.plugin_layers import conv_wins
+from trt_builder.plugin_layers import conv_chosen
 from trt_builder.weights import Weights
 
 CACHED = 200 << 20  # bytes of weights that a cache cannot hold: four times an H200's 50 MB
@@ -51,7 +52,7 @@ LIKELY = 4.0  # times the best prediction: a cut that may be the best after all
 
 def convolutions(config: ModelConfig, shape: Shape, options: Options = Options()) -> Counter[Conv]:  # noqa: B008
     """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step, by qkv and
-    layer_norm of the options; by conv, whether two that are added are one launch where our plugin does them.
+    layer_norm of the options; by conv, whether two that are added, or a product and its gate, are one launch of ours.
     """
     deepest, control = max(config.unet.scales), config.control
     found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, outputs=True))
@@ -92,6 +93,7 @@ def of_blocks(
 def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Iterator[Conv]:
     """Those of a SpatialTransformer, of which the first is given: cond and uncond part in it."""
     c, before, norm = plain.channels, plain.batch, options.layer_norm == "folded"
+    gate = conv_chosen(options.conv, batch * plain.height * plain.width, (8 * c, c, 1, 1))
     yield plain
     for i in range(depth):
         yield from (
@@ -101,7 +103,7 @@ def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Ite
         yield replace(plain, norm=norm)
         was, plain = plain.batch, replace(plain, batch=batch)
         yield replace(plain, residual_batch=was)
-        yield replace(plain, filters=8 * c, norm=norm)
+        yield replace(plain, filters=8 * c, norm=norm, gate=gate)
         back = replace(plain, channels=4 * c, residual_batch=batch)
         out = replace(plain, residual_batch=before)
         yield from [back] if i < depth - 1 else of_both(back, out, before, options)
@@ -114,7 +116,7 @@ def of_both(first: Conv, other: Conv, residual_batch: int, options: Options) -> 
     one = replace(first, second=other.channels, residual_batch=residual_batch)
     sizes = [(each.batch, each.channels, each.height, each.width) for each in (first, other)]
     weights = [(each.filters, each.channels, each.size, each.size) for each in (first, other)]
-    ours = options.conv == "own" and conv_wins(one.rows, weights[0])
+    ours = conv_chosen(options.conv, one.rows, weights[0])
     if ours and all(has_conv_kernel(size, weight, 1) for size, weight in zip(sizes, weights, strict=True)):
         yield one
     else:
@@ -128,7 +130,7 @@ def served(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
 
 def cuts(one: Conv, library: Any) -> Iterator[Conv]:
     """Every cut of a convolution that there is."""
-    for high, wide, cluster in product((64, 128), (64, 128), range(1, 9)):
+    for high, wide, cluster in product((64, 128), (64, 128, 192, 256), range(1, 9)):
         forced = replace(one, high=high, wide=wide, cluster=cluster)
         if forced.plan(library):
             yield forced
@@ -199,11 +201,11 @@ def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replay
 
 
 def measured(
-    library: Any, flavour: Flavour | None, counts: Counter[Conv], replays: int, sweep: bool
+    library: Any, flavour: Flavour | None, counts: Counter[Conv], replays: int, sweep: bool, conv: str = "own"
 ) -> Iterator[dict[str, Any]]:
     """A row for each shape, the longest first: its own cut, every cut with `sweep`, TensorRT's."""
     for one, count in sorted(counts.items(), key=lambda item: -item[1] * item[0].weights):
-        arrays, row = one.arrays(), facts(library, one, count)
+        arrays, row = one.arrays(), facts(library, one, count, conv)
         with rotated(library, one, arrays) as on_gpu:
             row["kernel"] = kernel_us(on_gpu, one, replays)
             tried = likely(one, library) if sweep else ()
@@ -213,12 +215,12 @@ def measured(
         yield row
 
 
-def facts(library: Any, one: Conv, count: int) -> dict[str, Any]:
+def facts(library: Any, one: Conv, count: int, conv: str = "own") -> dict[str, Any]:
     """What is known of a convolution before it is timed."""
     plan = one.plan(library)
     assert plan is not None
-    wins = conv_wins(one.rows, (one.filters, one.channels, one.size, one.size))
-    return vars(one) | {"rows": one.rows, "count": count, "plan": vars(plan), "chosen": wins}
+    chosen = conv_chosen(conv, one.rows, (one.filters, one.channels, one.size, one.size))
+    return vars(one) | {"rows": one.rows, "count": count, "plan": vars(plan), "chosen": chosen}
 
 
 def checked(library: Any, counts: Counter[Conv]) -> int:
@@ -262,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_shape(make)
     add("--rows", type=int, default=CONV_ROWS, help="positions of the largest map, batch times h times w (%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="(%(default)s)")
+    add("--conv", choices=("own", "all"), default="own", help="all: with the gate of GEGLU in them (%(default)s)")
     add("--layer-norm", choices=("apart", "folded"), default="apart", help="folded: in convolutions (%(default)s)")
     add("--replays", type=int, default=30, help="(%(default)s)")
     for name, what in (
@@ -280,15 +283,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
-        switches = Options(attention="own", qkv=options.qkv, conv="own", layer_norm=options.layer_norm)
+        switches = Options(attention="own", qkv=options.qkv, conv=options.conv, layer_norm=options.layer_norm)
         counts = served(convolutions(ModelConfig.load(options.model), shape, switches), library, options.rows)
         if options.check:
             return checked(library, counts)
         if options.plan:
-            rows = [facts(library, one, n) | {"kernel": None, "builtin": None} for one, n in counts.items()]
+            rows = [
+                facts(library, one, n, options.conv) | {"kernel": None, "builtin": None} for one, n in counts.items()
+            ]
         else:
             flavour = get_flavour("tensorrt") if options.builtin else None
-            rows = list(measured(library, flavour, counts, options.replays, options.sweep))
+            rows = list(measured(library, flavour, counts, options.replays, options.sweep, options.conv))
     except (ValueError, OSError, EngineError) as why:
         print(f"bench.conv: {why}", file=sys.stderr)
         return 2
@@ -306,7 +311,7 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         "B, h, w",
         "C",
         "D",
-        "norm",
+        "norm/gate",
         "size/stride",
         "times",
         "cut",
@@ -324,7 +329,7 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         view.add_row(
             f"{row['batch']}, {row['height']}, {row['width']}",
             f"{row['channels']} + {row['second']}" if row["second"] else str(row["channels"]), str(row["filters"]),
-            "yes" if row["norm"] else "",
+            "/".join(name for name in ("norm", "gate") if row[name]),
             f"{row['size']}/{row['stride']}", str(row["count"]), f"{plan['high']}·{plan['wide']}x{plan['cluster']}",
             str(plan["blocks"]), f"{plan['predicted_us']:.1f}", number(row["kernel"]), number(row["builtin"]),
             f"{best} {swept[best]:.1f}" if best else "-", style="" if row["chosen"] else "dim",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from plugins.call import OnGpu
-from plugins.load import conv_blocks, fold_norm
+from plugins.load import by_eights, conv_blocks, fold_norm
 from runtime.engine import check, cuda_runtime
 
 
@@ -22,6 +23,7 @@ class CannyConv(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
         *((name, ctypes.c_int32) for name in ("residual_batch", "second_channels", "cluster", "high", "wide")),
         ("epsilon", ctypes.c_float),
+        ("gate", ctypes.c_int32),
     ]
 
 
@@ -48,6 +50,7 @@ class Conv:
     residual_batch: 0 without a residual, else how many rows of the batch it has, taken in turn.
     norm: whether x goes through a LayerNorm of this epsilon first, for 1×1 only.
     second: channels of a second map, whose products by a 1×1 weight are added, for stride 1 only; 0 without one.
+    gate: whether y is a · GELU(b), D / 2 wide, of (a, b) side by side, for 1×1 without a residual only.
     cluster, high, wide: how it is cut, blocks that share a tile, its rows and filters; 0 leaves it to the kernel.
     """
 
@@ -65,11 +68,13 @@ class Conv:
     high: int = 0
     wide: int = 0
     epsilon: float = 1e-5
+    gate: bool = False
 
     @property
     def out(self) -> tuple[int, int, int, int]:
-        """The shape of y in memory, (B, h, w, D)."""
-        return self.batch, -(-self.height // self.stride), -(-self.width // self.stride), self.filters
+        """The shape of y in memory, (B, h, w, D or D / 2)."""
+        height, width = -(-self.height // self.stride), -(-self.width // self.stride)
+        return self.batch, height, width, self.filters // (1 + self.gate)
 
     @property
     def rows(self) -> int:
@@ -107,14 +112,14 @@ class Conv:
         return {name: array.astype(np.float16) for name, array in made.items()} | exact
 
     def expected(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        """y (B, h, w, D) in float64."""
+        """y (B, h, w, D or D / 2) in float64."""
         border, (_, h, w, _) = self.size // 2, self.out
         x = arrays["x"].astype(np.float64)
         if self.norm:
             mean, variance = (f(x, axis=3, keepdims=True) for f in (np.mean, np.var))
             x = (x - mean) / np.sqrt(variance + self.epsilon) * arrays["gamma"] + arrays["beta"]
         x = np.pad(x, [(0, 0), (border, border), (border, border), (0, 0)])
-        y = np.zeros(self.out) + arrays["bias"]
+        y = np.zeros((*self.out[:3], self.filters)) + arrays["bias"]
         for i, j in np.ndindex(self.size, self.size):
             part = x[:, i : i + self.height : self.stride, j : j + self.width : self.stride]
             y += part[:, :h, :w] @ arrays["weight"][:, :, i, j].astype(np.float64).T
@@ -122,11 +127,16 @@ class Conv:
             y += arrays["second"].astype(np.float64) @ arrays["second_weight"][:, :, 0, 0].astype(np.float64).T
         if self.residual_batch:
             y += np.concatenate([arrays["residual"].astype(np.float64)] * (self.batch // self.residual_batch))
+        if self.gate:
+            a, b = np.split(y, 2, axis=3)
+            y = a * b * 0.5 * (1 + np.vectorize(math.erf)(b * 0.5**0.5))
         return y
 
     def memory(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What lies in memory: the weights as the kernel reads them, with the LayerNorm's in them, and y."""
         made = dict(arrays)
+        if self.gate:
+            made |= {name: by_eights(made[name]) for name in ("weight", "bias")}
         if self.norm:
             folded = fold_norm(*(made.pop(name) for name in ("weight", "bias", "gamma", "beta")))
             made |= zip(("weight", "bias", "weight_sums"), folded, strict=True)

@@ -160,6 +160,13 @@ def conv_blocks(*weights: np.ndarray) -> np.ndarray:
     return np.concatenate(made, 1)
 
 
+def by_eights(array: np.ndarray) -> np.ndarray:
+    """A weight (D, …) or bias (D) that makes (a, b) side by side, as the convolution plugin's gate wants it: 8 of a,
+    8 of b, 8 of a, … .
+    """
+    return np.ascontiguousarray(array.reshape(2, -1, 8, *array.shape[1:]).swapaxes(0, 1)).reshape(array.shape)
+
+
 def fold_norm(
     weight: np.ndarray, bias: np.ndarray, gamma: np.ndarray, beta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

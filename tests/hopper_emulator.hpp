@@ -177,6 +177,12 @@ void products_wait() {
 template <int kCount>
 void products_done(float (&)[kCount]) {}
 
+template <int kCount>
+void registers_less() {}
+
+template <int kCount>
+void registers_more() {}
+
 inline float4 cluster_read_4(const float* mine, int rank) {
     float4 value;
     emulator::Block& theirs = emulator::blocks[rank];

@@ -284,18 +284,21 @@ void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t 
 inline void __syncthreads() { emulator::meet(emulator::current->block->barrier); }
 inline void __syncwarp() { emulator::meet(emulator::current->block->warps[emulator::current->thread / 32]); }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
     emulator::Block& block = *emulator::current->block;
     unsigned me = emulator::current->thread;
-    block.exchange[me] = value;
+    static_assert(sizeof(T) == sizeof(float));
+    std::memcpy(&block.exchange[me], &value, sizeof value);
     emulator::meet(block.warps[me / 32]);
-    float theirs = block.exchange[me ^ unsigned(mask)];
+    T theirs;
+    std::memcpy(&theirs, &block.exchange[me ^ unsigned(mask)], sizeof theirs);
     emulator::meet(block.warps[me / 32]);
     return theirs;
 }
 
 inline bool __any_sync(unsigned, bool value) {
-    for (int mask = 1; mask < 32; mask *= 2) value |= __shfl_xor_sync(0, value, mask) != 0.f;
+    for (int mask = 1; mask < 32; mask *= 2) value |= __shfl_xor_sync(0, float(value), mask) != 0.f;
     return value;
 }
 

@@ -356,8 +356,8 @@ int main(int, char** arguments) {
     configure(*plus, tensors, false, 2);
     end(plus);
     auto& convolution = *static_cast<Creator*>(entry(count)[5]);
-    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 7);
-    int32_t size = 3, stride = 2, residual = 1, normed = 0, second = 0;
+    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 8);
+    int32_t size = 3, stride = 2, residual = 1, normed = 0, second = 0, gated = 0;
     fields.fields = {
         given.fields[0],
         {"size", &size, PluginFieldType::kINT32, 1},
@@ -365,6 +365,7 @@ int main(int, char** arguments) {
         {"residual", &residual, PluginFieldType::kINT32, 1},
         {"norm", &normed, PluginFieldType::kINT32, 1},
         {"second", &second, PluginFieldType::kINT32, 1},
+        {"gate", &gated, PluginFieldType::kINT32, 1},
         {"epsilon", &fields.epsilon, PluginFieldType::kFLOAT32, 1}
     };
     Plugin* conv = create(convolution, fields);
@@ -424,7 +425,13 @@ int main(int, char** arguments) {
     MUST(!create(convolution, fields));
     stride = 1, residual = 2;
     MUST(!create(convolution, fields));
-    residual = 1, normed = 1, fields.epsilon = 1e-5f;
+    residual = 0, gated = 1;
+    MUST(!create(convolution, fields));  // of size 3
+    size = 1, residual = 1;
+    MUST(!create(convolution, fields));  // with a residual
+    residual = 0, gated = 2;
+    MUST(!create(convolution, fields));
+    size = 3, gated = 0, residual = 1, normed = 1, fields.epsilon = 1e-5f;
     MUST(!create(convolution, fields));  // of size 3
     size = 1, fields.epsilon = 0.f;
     MUST(!create(convolution, fields));
@@ -448,6 +455,14 @@ int main(int, char** arguments) {
     sums(320, half);
     MUST(!build_side(*after_norm).supportsFormatCombination(3, tensors.data(), 5, 1));
     end(after_norm);
+    gated = 1, residual = 0;
+    Plugin* with_gate = create(convolution, fields);
+    MUST(with_gate);
+    sums(320, single);
+    describe(4, dims({2, 160, 8, 12}), half, last8);
+    for (int32_t i = 0; i < 5; i++) MUST(build_side(*with_gate).supportsFormatCombination(i, tensors.data(), 4, 1));
+    configure(*with_gate, tensors, true, 4);
+    end(with_gate);
     tensors = kept;
     end(conv);
     auto& join = *static_cast<Creator*>(entry(count)[6]);

@@ -10,6 +10,7 @@ from plugins import load as loading
 from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM, UPDATE
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
+from trt_builder.plugin_layers import conv_chosen
 from trt_builder.random_weights import random_weights
 from trt_builder.stages import define
 from trt_builder.weights import Weights, expected_shapes
@@ -47,9 +48,9 @@ def define_step(config: ModelConfig, shape: Shape, options: Options) -> None:
 def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Any, second: int = 0) -> bool:
     """What `has_conv_plugin` says, for smaller maps and channels."""
     rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
-    if second % 32 or second and stride != 1:
-        return False
-    return options.conv == "own" and rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
+    served = rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
+    beside = not second or (stride == 1 and not second % 32)
+    return served and beside and conv_chosen(options.conv, rows, weight)
 
 
 def out(layer: Any) -> Any:
@@ -196,8 +197,8 @@ def numbers(network: Any, constant: Any) -> np.ndarray:
 
 
 def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int,
-         norm: int, second: int, epsilon: float) -> Any:  # fmt: skip
-    assert len(rest) == norm + second + residual
+         norm: int, second: int, gate: int, epsilon: float) -> Any:  # fmt: skip
+    assert len(rest) == norm + second + residual and not (gate and residual)
     blocks, n, filters = numbers(network, weight), weight.shape[2], bias.shape[0]
     units = x.shape[1] // n * size * size
     HELD.append((plain(blocks[:, :units], size), numbers(network, bias) * (1 - norm)))
@@ -210,6 +211,10 @@ def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, st
         HELD.append(plain(blocks[:, units:], 1))
         beside = network.add_convolution_nd(rest[norm], filters, (1, 1), HELD[-1])
         layer = network.add_elementwise(out(layer), out(beside), ELEMENT.SUM)
+    if gate:
+        batch, _, h, w = x.shape
+        eights = out(shuffled(network, out(layer), (), (batch, filters // 16, 2, 8 * h * w), (0, 2, 1, 3)))
+        return geglu(network, out(shuffled(network, eights, (), (batch, filters, h, w))))
     if not residual:
         return layer
     repeated = network.add_concatenation([rest[-1]] * (x.shape[0] // rest[-1].shape[0]))

@@ -112,13 +112,13 @@ def test_every_switch_and_the_definition_change_the_key(engines, monkeypatch):
     for change in ({"attention": "plain"}, {"qkv": "apart"}, {"shared_prefix": False}, {"precision": "fp32"}):
         keys.add(building.stage_key(dataclasses.replace(request, options=cli.Options(**change)), "control"))
     own = {"attention": "own", "conv": "own"}
-    for change in (own, own | {"layer_norm": "folded"}):
+    for change in (own, own | {"layer_norm": "folded"}, own | {"conv": "all"}):
         keys.add(building.stage_key(dataclasses.replace(request, options=cli.Options(**change)), "control"))
     for change in ({"version": "9"}, {"flavour": "x"}, {"targets": ["sm86"]}, {"weights_sha256": "0"}, {"gpu": "x"}):
         changed = dataclasses.replace(manifest, **change)
         keys.add(building.stage_key(dataclasses.replace(request, manifest=changed), "control"))
     monkeypatch.setattr(building, "definition_sha", lambda: "other sources")
-    assert len(keys | {building.stage_key(request, "control")}) == 13
+    assert len(keys | {building.stage_key(request, "control")}) == 14
 
 
 def test_a_changed_plan_is_built_again(run, tmp_path):
@@ -267,6 +267,7 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
         chosen("8.6", "--layer-norm", "folded")
     assert chosen("9.0", "--attention", "plain", "--conv", "builtin") == ("plain", "own", "own", "builtin")
     assert chosen("8.9") == ("fused", "fused", "auto", "builtin") and chosen("8.9", "--conv", "own")[-1] == "own"
+    assert chosen("9.0", "--conv", "all", "--layer-norm", "folded") == ("own", "own", "own", "all")
     assert not dataclasses.replace(flavour, strongly_typed=True).plugins_win("fp16", "9.0")
 
     def missing(version):

@@ -64,6 +64,7 @@ def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(bench, "CACHED", 200_000)
     shapes = Counter({bench.Conv(1, 64, 4, 6, 128, residual_batch=1): 3, bench.Conv(2, 128, 4, 6, 64, 1, norm=True): 1})
     shapes[bench.Conv(2, 64, 4, 6, 64, residual_batch=1, second=128)] = 1
+    shapes[bench.Conv(2, 64, 4, 6, 768, 1, gate=True)] = 1
     monkeypatch.setattr(bench, "convolutions", lambda config, shape, options: shapes)
     return call
 
@@ -75,7 +76,8 @@ def test_it_measures_and_checks(
     assert bench.main([*arguments, "--sweep"]) == 0
     rows = json.loads((tmp_path / "conv.json").read_text())["rows"]
     assert (
-        len(rows) == 3
+        len(rows) == 4
+        and {"64·192x1", "64·256x1"} <= rows[1]["cuts"].keys()
         and {"64·64x1", "64·64x8", "64·128x3"} <= rows[0]["cuts"].keys()
         and rows[0]["plan"]["high"] == 64
     )
@@ -115,6 +117,14 @@ def test_the_second_maps_of_sd15() -> None:
             sizes[one.size] += count * bool(one.second)
         assert sizes == expected
     assert not any(one.second for one in bench.convolutions(config, Shape(256, 384)))
+
+
+def test_the_gates_of_sd15() -> None:
+    """One in each transformer, where every convolution is the plugin's."""
+    config, shape = ModelConfig.load("sd15"), Shape(256, 384)
+    for conv, gates in (("builtin", 0), ("own", 0), ("all", 23)):
+        found = bench.convolutions(config, shape, Options(attention="own", conv=conv))
+        assert sum(n for one, n in found.items() if one.gate) == gates
 
 
 def test_the_shapes_of_sd15() -> None:

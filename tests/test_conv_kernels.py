@@ -25,6 +25,7 @@ SHAPES = [
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 64, 9, 13, 64), Conv(2, 640, 9, 13, 128, size=1),
     Conv(1, 128, 16, 24, 64), Conv(2, 64, 16, 24, 64, stride=2),
 ]  # fmt: skip
+WIDE = Conv(2, 320, 9, 14, 512, 1, residual_batch=1, norm=True, cluster=1, high=128, wide=256, epsilon=0.1)
 ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=5, high=128, wide=64)
 
 
@@ -54,13 +55,33 @@ def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
     assert error(*emulate(emulator, conv, order=2)) < 1e-3
 
 
+@pytest.mark.parametrize("residual", [0, 1, 2])
+@pytest.mark.parametrize("cluster", [1, 3, 8])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("high", [64, 128])
+@pytest.mark.parametrize("wide", [192, 256])
+def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: int, residual: int) -> None:
+    """Two of filters, two of rows of which the second is not full."""
+    height = 5 if high == 64 else 7
+    conv = Conv(2, 576, height, 11, 2 * wide, 1, 1, residual, norm, cluster=cluster, high=high, wide=wide)
+    assert error(*emulate(emulator, conv, order=(cluster + residual) % 3)) < 1e-3
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 3, 8])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("wide", "high"), [(64, 64), (128, 64), (128, 128), (192, 128), (256, 64), (256, 128)])
+def test_a_gate(emulator: Any, wide: int, high: int, norm: bool, cluster: int) -> None:
+    conv = Conv(2, 576, 9, 8, 2 * wide, 1, norm=norm, cluster=cluster, high=high, wide=wide, gate=True)
+    assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
+
+
 @pytest.mark.slow
 def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
     """As long products as a step has, in the cut that the whole shape would have."""
     config, shape = ModelConfig.load("sd15"), Shape(256, 384)
     own = Options(attention="own", conv="own")
-    folded = replace(own, qkv="apart", layer_norm="folded")
-    for conv in convolutions(config, shape) | convolutions(config, shape, own) | convolutions(config, shape, folded):
+    folded, every = (replace(own, layer_norm="folded", **more) for more in ({"qkv": "apart"}, {"conv": "all"}))
+    for conv in set().union(*(convolutions(config, shape, one) for one in (Options(), own, folded, every))):
         plan = conv.plan(emulator)
         if conv.rows > 768 or plan is None:
             continue
@@ -157,9 +178,10 @@ def test_expected_is_what_torch_says() -> None:
         np.testing.assert_allclose(conv.expected(arrays), y.movedim(1, 3).numpy(), atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "conv", [ONE, replace(ONE, cluster=7, size=1, channels=640), replace(ONE, cluster=3, second=192)], ids=str
-)
+OTHER_ORDERS = [ONE, replace(ONE, cluster=7, size=1, channels=640), replace(ONE, cluster=3, second=192), WIDE]
+
+
+@pytest.mark.parametrize("conv", OTHER_ORDERS, ids=str)
 def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Conv) -> None:
     first, _ = emulate(emulator, conv)
     for order in (1, 2, 3):
@@ -167,7 +189,6 @@ def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Con
         assert first.tobytes() == again.tobytes(), order
 
 
-# Where there is not the file's name, the mistake is in kernel.cuh.
 MISTAKES = [
     ("__syncthreads();  // barriers and zeros", "// barriers and zeros"),
     ("__syncthreads();  // the sums", "// the sums"),
@@ -199,19 +220,24 @@ MISTAKES = [
     ("2 | (to.x > 0)", "3"), ("to.x * stride + 1 < p.call.width", "true"), ("to.y > 0", "true"),
     ("wait_for_previous();", ""),
     ("barriers_begun();", ""),
-    ("hopper.cuh", "kEightRows = 1024 / 16", "kEightRows = 512 / 16"),
-    ("hopper.cuh", "kSwizzle128 = 1", "kSwizzle128 = 2"),
-    ("plan.h", "kConvAlign = 1024", "kConvAlign = 512"),
-    ("plan.h", "conv_position(p, last_row).at + border + 1", "conv_position(p, last_row).at + 1"),
+    ("kEightRows = 1024 / 16", "kEightRows = 512 / 16"),
+    ("kSwizzle128 = 1", "kSwizzle128 = 2"),
+    ("kConvAlign = 1024", "kConvAlign = 512"),
+    ("conv_position(p, last_row).at + border + 1", "conv_position(p, last_row).at + 1"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[-1][:40])
-def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, ...]) -> None:
-    *file, find, put = mistake
-    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, *file)
+def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, str]) -> None:
+    library = mistaken(tmp_path, *mistake)
     tall = Conv(2, 192, 9, 13, 64, cluster=1)
     assert not all(right(library, conv, order) for conv in (ONE, tall) for order in (0, 1, 2))
+
+
+def mistaken(folder: Path, find: str, put: str) -> Any:
+    """The kernels with a mistake in the one file that has what is to be replaced."""
+    (file,) = (path.name for path in KERNELS.iterdir() if find in path.read_text())
+    return compile_mistaken(folder, KERNELS, SOURCE, find, put, file)
 
 
 def right(library: Any, conv: Conv, order: int) -> bool:
@@ -225,18 +251,18 @@ NORM_MISTAKES = [
     ("moments.add(a[0]);", ""), ("moments.add(after);", ""), ("moments.add(after);", "moments.add(mine);"),
     ("x[i / 2 % 2] += value", "x[i % 2] += value"),
     ("squares[i / 2 % 2] += value * value", "squares[0] += value * value"),
-    ("mask <= 2", "mask <= 1"), ("(row + 8 * i) * kSumsPitch", "row * kSumsPitch"),
+    ("mask <= 2; mask *= 2) sum", "mask <= 1; mask *= 2) sum"), ("(row + 8 * i) * kSumsPitch", "row * kSumsPitch"),
     ("cluster_read_2(row + kWide, other)", "cluster_read_2(row + kWide, rank)"),
     ("moments[1] += more[i].y", "moments[1] = more[i].y"),
     ("fmaxf(square - mean * mean, 0.f)", "square"), ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
     ("mean * piece.weight_sums.value[k]", "mean"), ("c.weight_sums + filter", "c.weight_sums"),
-    ("+ p.call.epsilon)", ")"), ("+ piece.bias.value[k];", ";"),
+    ("+ p.call.epsilon)", ")"), ("piece.bias.value[k] += norm", "piece.bias.value[k] = norm"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", NORM_MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tuple[str, str]) -> None:
-    library = compile_mistaken(tmp_path, KERNELS, SOURCE, *mistake)
+    library = mistaken(tmp_path, *mistake)
     two_tiles = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
     found = not all(right(library, two_tiles, order) for order in (0, 1, 2))
     assert found or not is_finite_of_equal_numbers(library)
@@ -260,6 +286,38 @@ def test_the_emulator_finds_mistakes_with_a_second_map(tmp_path: Path, mistake: 
     library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, *file)
     inside_both = Conv(2, 128, 9, 13, 64, second=320, cluster=3, high=64)
     assert not all(right(library, replace(inside_both, cluster=cluster), 0) for cluster in (1, 3, 8))
+
+
+WIDE_MISTAKES = [
+    ("(high ? low : up) = theirs;", "up = theirs;"), ("high ? low : up, mask)", "up, mask)"),
+    ("words[mask == 1 ? 2 * i : i]", "words[i]"), ("if (row < p.rows) store_words", "store_words"),
+    ("eight * 4 + i % 2 * 2", "eight * 4"), ("at, norms[i % 2]", "at, norms[0]"),
+    ("norm.mean * of_filters.y", "norm.mean * of_filters.x"),
+    ("filter = first_filter + eight * 8", "filter = eight * 8"),
+    ("y.y + to_float(more[1])", "y.y + to_float(more[0])"), ("moments.join();", ""),
+    ("if (Block::kDirect && p.cluster == 1) return;", ""), ("i < kWide / 64", "i < 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WIDE_MISTAKES, ids=lambda mistake: mistake[-1][:40])
+def test_the_emulator_finds_mistakes_in_wide_tiles(tmp_path: Path, mistake: tuple[str, str]) -> None:
+    library = mistaken(tmp_path, *mistake)
+    assert not all(right(library, WIDE, order) for order in (0, 1))
+
+
+GATE_MISTAKES = [
+    ("at + 4, norms", "at + 2, norms"), ("filter + 8);", "filter);"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
+    ("(first_filter >> kGate)", "first_filter"), ("ask(b, piece.at + 1);", "ask(b, piece.at);"),
+    ("y[k] *= gelu(b.bias.value[k])", "y[k] *= b.bias.value[k]"), ("threadIdx.x) << p.", "threadIdx.x) << 2 * p."),
+    ("(first_filter + column) >> gate", "first_filter + column"), ("0.70710678f", "0.6f"), ("total(b);", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", GATE_MISTAKES, ids=lambda mistake: mistake[-1][:40])
+def test_the_emulator_finds_mistakes_in_a_gate(tmp_path: Path, mistake: tuple[str, str]) -> None:
+    library = mistaken(tmp_path, *mistake)
+    alone = replace(WIDE, residual_batch=0, gate=True)
+    assert not (right(library, alone, 1) and right(library, replace(alone, cluster=3, filters=256, wide=128), 0))
 
 
 def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None:
@@ -291,6 +349,22 @@ def test_shapes_that_have_no_kernel(emulator: Any, changes: dict[str, Any]) -> N
 def test_what_takes_no_second_map(emulator: Any, changes: dict[str, Any]) -> None:
     call: Any = replace(Conv(2, 128, 4, 6, 64, 1, second=64), **changes).call()
     call.weight_sums = 16 if "norm" in changes else None
+    assert emulator.emulate_conv(ctypes.byref(call), 0) == 1
+
+
+@pytest.mark.parametrize("wide", [192, 256])
+def test_only_1x1_have_wide_tiles(emulator: Any, wide: int) -> None:
+    one = Conv(2, 64, 8, 12, 2 * wide, 1, wide=wide)
+    assert one.plan(emulator) and not replace(one, size=3).plan(emulator)
+    assert not replace(one, filters=2 * wide + 64).plan(emulator)
+
+
+def test_only_1x1_without_a_residual_take_a_gate(emulator: Any) -> None:
+    one = Conv(2, 64, 8, 12, 128, 1, gate=True)
+    assert one.plan(emulator) and not replace(one, size=3).plan(emulator)
+    assert not replace(one, high=128, wide=64).plan(emulator)  # no registers for it
+    call: Any = one.call()
+    call.residual, call.residual_batch = 16, 1
     assert emulator.emulate_conv(ctypes.byref(call), 0) == 1
 
 

@@ -246,9 +246,10 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
     assert found == attentions(config, shape)
 
 
+@pytest.mark.parametrize("conv", ["own", "all"])
 @pytest.mark.parametrize(("qkv", "layer_norm"), [("joined", "apart"), ("joined", "folded"), ("apart", "folded")])
 def test_the_builder_gives_convolutions_to_the_plugin(
-    monkeypatch: pytest.MonkeyPatch, qkv: Any, layer_norm: Any
+    monkeypatch: pytest.MonkeyPatch, qkv: Any, layer_norm: Any, conv: Any
 ) -> None:
     """Those that bench.conv finds, each residual and, if folded, each LayerNorm in the plugin."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
@@ -257,22 +258,24 @@ def test_the_builder_gives_convolutions_to_the_plugin(
     flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
     found: Counter[Conv] = Counter()
 
-    def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, **fields: Any) -> Any:
+    def add(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, **fields: Any) -> Any:
         (batch, channels, h, w), added = x.shape, rest[-1].shape[0] if fields["residual"] else 0
-        norm, second = bool(fields["norm"]), rest[fields["norm"]].shape[1] if fields["second"] else 0
-        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, second)] += 1
+        norm, gate, second = bool(fields["norm"]), bool(fields["gate"]), fields["second"]
+        of_second = rest[fields["norm"]].shape[1] if second else 0
+        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, of_second, gate)] += 1
         return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, **fields)
 
     plugin_stand_ins.use(monkeypatch)
-    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", conv)
-    options = Options("fp32", "own", qkv, conv="own", layer_norm=layer_norm)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", add)
+    options = Options("fp32", "own", qkv, conv=conv, layer_norm=layer_norm)
     plugin_stand_ins.define_step(config, shape, options)
     fits = {}
     for one, count in convolutions(config, shape, options).items():
-        size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size)
+        size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size, one.size)
         if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options, one.second):
             fits[one] = count
-    assert found == fits and len(found) > 10 and any(one.second for one in found)
+    assert found == fits and len(found) > 10 and any(one.second for one in found) == (conv != "builtin")
+    assert any(one.gate for one in found) == (conv == "all")
 
 
 def test_what_our_attention_does_not_do_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -306,15 +309,18 @@ def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> 
     ):  # fmt: skip
         assert not served(flavour, rows, weight, stride, own)
     assert not served(flavour, 48, (1280, 1280, 3, 3), 1, Options())
+    every = Options(conv="all")
+    assert served(flavour, 3072, (640, 640, 3, 3), 1, every) and served(flavour, 192, (3840, 1280, 1, 1), 1, every)
+    assert not served(flavour, 8016, (64, 64, 1, 1), 1, every)
     with pytest.raises(FlavourError, match="no plugin CannyConv: it was not loaded; use another --conv"):
         served(recording(False, None), 48, (1280, 1280, 3, 3), 1, own)
     library = SimpleNamespace(architectures=["80"], path="lib.so", source="0")
     monkeypatch.setattr("trt_builder.plugin_layers.gpu", lambda: None)
     monkeypatch.setattr("trt_builder.plugin_layers.load", lambda trt: library)
     with pytest.raises(FlavourError, match="lib.so has no convolutions of ours: they are for compute capability 9.0"):
-        flavour.load_plugins(own)
+        flavour.load_plugins(every)
     library.architectures.append("90")
-    assert flavour.load_plugins(own) == {"CannyConv": "0"}
+    assert flavour.load_plugins(own) == flavour.load_plugins(every) == {"CannyConv": "0"}
     monkeypatch.setattr("trt_builder.plugin_layers.gpu", lambda: SimpleNamespace(name="A100", capability="8.0"))
     with pytest.raises(FlavourError, match="A100 has no convolutions of ours"):
         flavour.load_plugins(own)
@@ -363,6 +369,7 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "the shape of x, with 2 rows", "CannyUpdate: cond is 2", "guidance must have the shape (1)",
         "e1, e2, noise and", "coefficients must", "CannyJoinNorm: groups is 0", "the field groups is missing",
         "CannyConv: size is 5", "CannyConv: stride is 3", "CannyConv: residual is 2", "CannyConv: norm is 2",
+        "CannyConv: gate is 2", "gate is 1, but only convolutions of size 1 without a residual",
         "norm is 1, but only convolutions of size 1", "CannyConv: epsilon is 0.0",
         "the sums of the filters' weights must have the shape (320)", "S, 640), or be maps of 640 channels",
         "C a multiple of 64", "CannyConv: second is 2", "only convolutions of stride 1 without a LayerNorm",

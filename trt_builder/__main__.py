@@ -82,7 +82,7 @@ def parser() -> Parser:
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
-    add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
+    add("--conv", choices=("auto", "builtin", "own", "all"), default="auto", help="of small maps (%(default)s)")
     add("--layer-norm", choices=("apart", "folded"), default="apart", help="folded: in convolutions (%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import ADD, CONV, GEGLU, GROUP_NORM, LAYER_NORM, conv_blocks, fold_norm
+from plugins.load import ADD, CONV, GEGLU, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -245,16 +245,18 @@ def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int 
 
 def own_conv(
     net: Net, x: trt.ITensor, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1,
-    residual: trt.ITensor | None = None, what: str = "", norm: Net | None = None,
+    residual: trt.ITensor | None = None, what: str = "", norm: Net | None = None, gate: bool = False,
     second: Sequence[tuple[trt.ITensor, np.ndarray]] = (),
 ) -> trt.ITensor:  # fmt: skip
     """Convolution by our plugin: weight (D, C, size, size), zeros around the map, the residual added in the kernel.
 
-    norm: where the LayerNorm is that x goes through first, in the kernel, too.
+    norm: where the LayerNorm is that x goes through first, in the kernel, too. gate: a · GELU(b) of the result (a, b).
     second: another map of x's batch and size and its weight (D, E, 1, 1), or none; its products are added.
     """
     exact, name, sums = net.float32(), f"{what}." if what else "", []
     bias = np.zeros(len(weight)) if bias is None else bias
+    if gate:
+        weight, bias = by_eights(weight), by_eights(bias)
     if norm:
         gamma, beta = (norm.float32().weight(one) for one in ("weight", "bias"))
         weight, bias, of_filters = fold_norm(weight, bias, gamma, beta)
@@ -264,17 +266,18 @@ def own_conv(
     b = exact.constant(bias, (len(weight),), f"{name}bias")
     inputs = [x, w, b, *sums, *(a_map for a_map, _ in second), *([] if residual is None else [residual])]
     fields = {"size": weight.shape[2], "stride": stride, "residual": int(residual is not None)}
-    fields |= {"norm": int(norm is not None), "second": len(second)}
+    fields |= {"norm": int(norm is not None), "second": len(second), "gate": int(gate)}
     return own(net, CONV, inputs, what, **fields, epsilon=LAYER_NORM_EPSILON)
 
 
 def linear(
-    net: Net, x: trt.ITensor, parts: Sequence[str] = (), residual: trt.ITensor | None = None, norm: Net | None = None
+    net: Net, x: trt.ITensor, parts: Sequence[str] = (), residual: trt.ITensor | None = None, norm: Net | None = None,
+    gate: bool = False,
 ) -> trt.ITensor:  # fmt: skip
     """x (…, C) → (…, D) by the weight at this place, or by the weights of several places joined along D.
 
     Of tokens a matrix product, which TensorRT fuses with the attention and the normalisation around it; of a map
-    (B, C, h, w) a 1×1 convolution. A residual is added to it (see `add_residual`). norm: of `own_conv`.
+    (B, C, h, w) a 1×1 convolution. A residual is added to it (see `add_residual`). norm, gate: of `own_conv`.
     """
     names = [net.at(part) for part in parts] or [net]
     weight = joined(names, "weight")  # (D, C)
@@ -283,7 +286,7 @@ def linear(
     if len(x.shape) == 4:
         weight = weight[:, :, None, None]
         if takes_own_conv(net, x, weight.shape):
-            return own_conv(net, x, weight, bias, 1, residual, what, norm)
+            return own_conv(net, x, weight, bias, 1, residual, what, norm, gate)
         y = net.add(net.network.add_convolution_nd(x, len(weight), (1, 1), weight, bias), what)
         return add_residual(net, y, residual)
     lead = [1] * (len(x.shape) - 2)
@@ -302,7 +305,7 @@ def joined(places: Sequence[Net], name: str) -> np.ndarray:
 
 
 def linear_after(
-    norm: Net, x: trt.ITensor, layers: Sequence[tuple[Net, Sequence[str]]]
+    norm: Net, x: trt.ITensor, layers: Sequence[tuple[Net, Sequence[str]]], gate: bool = False
 ) -> list[trt.ITensor]:  # fmt: skip
     """LayerNorm, then each of these linear layers of it, given as `linear` takes them.
 
@@ -311,9 +314,9 @@ def linear_after(
     if norm.options.layer_norm == "folded" and len(x.shape) == 4:
         weights = [joined([net.at(part) for part in parts] or [net], "weight") for net, parts in layers]
         if all(takes_own_conv(norm, x, (*weight.shape, 1, 1)) for weight in weights):
-            return [linear(net, x, parts, norm=norm) for net, parts in layers]
+            return [linear(net, x, parts, norm=norm, gate=gate) for net, parts in layers]
     x = layer_norm(norm, x)
-    return [linear(net, x, parts) for net, parts in layers]
+    return [linear(net, x, parts, gate=gate) for net, parts in layers]
 
 
 def embedding(net: Net, ids: trt.ITensor) -> trt.ITensor:
@@ -371,11 +374,14 @@ def group_norm(
     return silu(net, y) if with_silu else y
 
 
-def geglu_gate(net: Net, x: trt.ITensor) -> trt.ITensor:
-    """a · GELU(b) of x = (a, b) side by side (Shazeer 2020): (B, T, 2·C) → (B, T, C); of a map by our plugin."""
+def geglu(net: Net, norm: Net, x: trt.ITensor) -> trt.ITensor:
+    """a · GELU(b) of (a, b), which a linear layer makes of x's LayerNorm (Shazeer 2020); of a map by our plugins."""
+    proj = net.at("proj")
+    gate = len(x.shape) == 4 and takes_own_conv(net, x, (*proj.weight().shape, 1, 1))
+    (y,) = linear_after(norm, x, [(proj, ())], gate)
     if len(x.shape) == 4:
-        return own(net, GEGLU, [x])
-    a, b = chunk(net, x, 2, 2)
+        return y if gate else own(net, GEGLU, [y])
+    a, b = chunk(net, y, 2, 2)
     return mul(net, a, gelu(net, b))
 
 

@@ -51,6 +51,11 @@ def conv_wins(rows: int, weight: Sequence[int]) -> bool:
     return rows * filters <= CONV_NUMBERS and (size > 1 or filters <= CONV_WIDER * channels)
 
 
+def conv_chosen(conv: str, rows: int, weight: Sequence[int]) -> bool:
+    """Whether a convolution that our plugin has a kernel for is its, by the option conv; as `conv_wins`."""
+    return conv == "all" or (conv == "own" and conv_wins(rows, weight))
+
+
 class FlavourError(ValueError):
     """A flavour that is not installed, or cannot do what is asked; the message is one sentence."""
 
@@ -114,7 +119,7 @@ class PluginLayers:
         Raises FlavourError or PluginError where they cannot be had.
         """
         needed = [GROUP_NORM] * (options.group_norm == "own") + list(TRANSFORMER) * (options.attention == "own")
-        needed += list(RESIDUALS) * (options.residual == "own") + [CONV] * (options.conv == "own")
+        needed += list(RESIDUALS) * (options.residual == "own") + [CONV] * (options.conv != "builtin")
         if needed and self.rtx:
             raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
         if not needed:
@@ -122,7 +127,7 @@ class PluginLayers:
         library = load(self.trt)
         here = gpu()
         other_gpu = here is not None and here.capability != CONV_CAPABILITY
-        if options.conv == "own" and (other_gpu or not {"90", "90a"} & set(library.architectures)):
+        if options.conv != "builtin" and (other_gpu or not {"90", "90a"} & set(library.architectures)):
             what = f"{here.name if here and other_gpu else library.path} has no convolutions of ours"
             raise FlavourError(f"{what}: they are for compute capability {CONV_CAPABILITY}; use --conv builtin")
         return dict.fromkeys(needed, library.source)
@@ -196,17 +201,17 @@ class PluginLayers:
     def has_conv_plugin(
         self, shape: Sequence[int], weight: Sequence[int], stride: int, options: Options, second: int = 0
     ) -> bool:
-        """Whether our plugin serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size), and wins.
+        """Whether our plugin serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size), by the option.
 
         second: channels of a second map, of a 1×1 weight, that it does in the same launch, at stride 1.
         Raises FlavourError where it cannot be had.
         """
-        if options.conv != "own" or options.precision != "fp16":
+        if options.conv == "builtin" or options.precision != "fp16":
             return False
         self._need(CONV, "conv")
         rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
-        beside = not second or stride == 1 and not second % CONV_MULTIPLE
-        return beside and has_conv_kernel(shape, weight, stride) and conv_wins(rows, weight)
+        beside = not second or (stride == 1 and not second % CONV_MULTIPLE)
+        return beside and has_conv_kernel(shape, weight, stride) and conv_chosen(options.conv, rows, weight)
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

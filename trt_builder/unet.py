@@ -12,7 +12,7 @@ from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
     Net,
     conv,
-    geglu_gate,
+    geglu,
     group_norm,
     linear,
     linear_after,
@@ -48,8 +48,7 @@ def feed_forward(net: Net, norm: Net, x: trt.ITensor, out: Out | None = None) ->
     A map may go through `out`, too. Where our convolutions serve, that and the way back are one launch: what is linear
     in both is multiplied out.
     """
-    (both,) = linear_after(norm, x, [(net.at("net.0").at("proj"), ())])
-    gated, back = geglu_gate(net.at("net.0"), both), net.at("net.2")
+    gated, back = geglu(net.at("net.0"), norm, x), net.at("net.2")
     if out is None:
         return linear(back, gated, residual=x)
     last, residual = out

@@ -10,6 +10,8 @@
 //
 // With weight_sums, 1×1 only, x is normalised first: each position less its mean, over its deviation (LayerNorm without
 // scale and bias, which plugins.load.fold_norm puts into weight and bias).
+//
+// With gate, 1×1 without a residual only, y is a · GELU(b) and half as wide: filters are 8 of a, 8 of b, 8 of a, …
 struct CannyConv {
     const void* x;         // (B, height, width, channels), channels a multiple of 64
     const void* weight;    // (filters / 64, channels / 64 · size·size + second_channels / 64, 64, 64), see conv_blocks
@@ -22,4 +24,5 @@ struct CannyConv {
     int32_t second_channels;      // a multiple of 64; 0 without a second map
     int32_t cluster, high, wide;  // blocks that share a tile, rows and filters of a tile; 0: chosen from the shape
     float epsilon;                // added to the variance, with weight_sums
+    int32_t gate;                 // 0 or 1
 };

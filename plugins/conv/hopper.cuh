@@ -168,8 +168,64 @@ __device__ __forceinline__ void multiply_group(float (&c)[64], const uint32_t (&
 #endif
 }
 
+// With 192.
+__device__ __forceinline__ void multiply_group(float (&c)[96], const uint32_t (&a)[4], uint64_t b) {
+#ifdef CANNY_HOPPER
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+        "{%96, %97, %98, %99}, %100, add, 1, 1, 0;\n}"
+        : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48), CANNY_SUMS_16(64), CANNY_SUMS_16(80)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+    );
+#endif
+}
+
+// With 256.
+__device__ __forceinline__ void multiply_group(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
+#ifdef CANNY_HOPPER
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "{%128, %129, %130, %131}, %132, add, 1, 1, 0;\n}"
+        : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48), CANNY_SUMS_16(64), CANNY_SUMS_16(80),
+          CANNY_SUMS_16(96), CANNY_SUMS_16(112)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+    );
+#endif
+}
+
 #undef CANNY_SUMS
 #undef CANNY_SUMS_16
+
+// A warpgroup gives registers of its threads to the others of its block, or waits for some; a multiple of 8.
+template <int kCount>
+__device__ __forceinline__ void registers_less() {
+#ifdef CANNY_HOPPER
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+__device__ __forceinline__ void registers_more() {
+#ifdef CANNY_HOPPER
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
 
 // The next kernel, if it was launched to begin early, may be set up as soon as every block has called this or ended.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

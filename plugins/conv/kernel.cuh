@@ -1,8 +1,9 @@
 // Convolutions of small maps as matrix products (B·h·w) × (taps·channels) × filters, in half precision with sums in
 // float. With few positions the time is that of reading the weights, once and all at the same time:
 //
-// - A tile is 64 or 128 positions × 64 or 128 filters. The blocks of a cluster share it: each has a slice of the
-//   products' length, and adds up a part of the tile through the others' shared memory, always in the same order.
+// - A tile is 64 or 128 positions × 64 or 128 filters, or 192 or 256 of a 1×1 convolution. The blocks of a cluster share
+//   it: each has a slice of the products' length, and adds up a part of the tile through the others' shared memory, always
+//   in the same order.
 // - One thread has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Another
 //   has the positions' channels copied, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
@@ -16,9 +17,7 @@
 
 #include <type_traits>
 
-#include "plan.h"
-
-#include "hopper.cuh"
+#include "tile.cuh"
 
 namespace canny {
 
@@ -57,28 +56,26 @@ struct ConvWork {
 
 // kNorm: with a LayerNorm before it.
 template <int kGroups, int kWide, bool kNorm>
-struct ConvBlock {
-    static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kSumsPitch = kWide + 8;  // pitch: no bank conflicts
-    static constexpr int kUnit = kWide * kConvDeep;                                        // weights of a unit
-    static constexpr int kVectors = kWide / 8;                                             // pieces of a row
+struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
+    using Tile = ConvTile<kGroups, kWide, kNorm>;
+    using typename Tile::Moments;
+    using Tile::kHigh, Tile::kSums, Tile::p, Tile::memory, Tile::first_row, Tile::first_filter, Tile::rank;
+
+    static constexpr int kUnit = kWide * kConvDeep;  // weights of a unit
     static constexpr int kConsumers = kGroups * kConvWarpgroup;
+    static constexpr bool kUneven = conv_uneven(kGroups, kWide);
+    static constexpr bool kDirect = kWide > kConvNarrow;  // without a cluster the sums are stored from registers
 
     const ConvWork& work;
-    const ConvParams& p;
-    char* memory;
     __half *weights, *positions;  // zeros lie behind the positions
     uint32_t barriers;
-    int32_t first_row, first_filter, rank, first, last;  // units from first to before last are this block's
+    int32_t first, last;  // units from first to before last are this block's
     ConvRange range;
 
-    __device__ __forceinline__ explicit ConvBlock(const ConvWork& work) : work(work), p(work.params) {
-        memory = shared_memory() + (0u - shared_address(shared_memory())) % kConvAlign;
+    __device__ __forceinline__ explicit ConvBlock(const ConvWork& work) : Tile(work.params), work(work) {
         weights = reinterpret_cast<__half*>(memory);
         positions = weights + p.places * kUnit;
         barriers = shared_address(positions + (p.x_places * p.x_rows + kConvEight) * kConvPitch);
-        rank = blockIdx.x;
-        first_filter = blockIdx.y * kWide;
-        first_row = blockIdx.z * kHigh;
         first = rank * p.share + min(rank, p.rest);
         last = first + p.share + (rank < p.rest);
         range = conv_range(p, first_row, kHigh);
@@ -164,19 +161,6 @@ struct ConvBlock {
         return {to.at - range.first, lane / 16, row < p.rows ? taps : 0};
     }
 
-    // Sums of x and x² of a thread's part of its two rows, lane / 4 and that plus 8 of its warp's.
-    struct Moments {
-        float x[2] = {}, squares[2] = {};
-
-        __device__ __forceinline__ void add(const uint32_t (&a)[4][4]) {
-#pragma unroll
-            for (int i = 0; i < (kNorm ? 32 : 0); i++) {
-                float value = to_float(reinterpret_cast<const __half*>(&a[i / 8][i / 2 % 4])[i % 2]);
-                x[i / 2 % 2] += value, squares[i / 2 % 2] += value * value;
-            }
-        }
-    };
-
     // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments.
     __device__ __forceinline__ void multiply(float (&sums)[kSums], Moments& moments, const Row& row) const {
         int32_t lane = threadIdx.x % 32;
@@ -214,6 +198,7 @@ struct ConvBlock {
         }
         products_wait<0>();
         products_done(sums);
+        moments.join();
     }
 
     // This warp's 16 positions × 64 channels of a tap.
@@ -226,113 +211,11 @@ struct ConvBlock {
 #pragma unroll
         for (int k = 0; k < 4; k++) load_matrices(a[k], from + ((2 * k + row.eighth) ^ of_eight) * 8);
     }
-
-    // The moments go to where a row has no sums.
-    __device__ __forceinline__ void lay_out(const float (&sums)[kSums], const Moments& moments) const {
-        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-        float* to = reinterpret_cast<float*>(memory) + row * kSumsPitch + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < kSums; i += 2)
-            *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * kSumsPitch + i / 4 * 8) = make_float2(sums[i], sums[i + 1]);
-#pragma unroll
-        for (int i = 0; i < (kNorm ? 2 : 0); i++) {
-            float x = moments.x[i], squares = moments.squares[i];
-            for (int mask = 1; mask <= 2; mask *= 2) {
-                x += __shfl_xor_sync(0xffffffffu, x, mask);
-                squares += __shfl_xor_sync(0xffffffffu, squares, mask);
-            }
-            to = reinterpret_cast<float*>(memory) + (row + 8 * i) * kSumsPitch + kWide;
-            if (lane % 4 == 0) *reinterpret_cast<float2*>(to) = make_float2(x, squares);
-        }
-    }
-
-    // Eight filters of a row, which a thread stores: this is number `at` of the tile, with its bias and residual, which
-    // are asked for before the sums are there.
-    struct Piece {
-        int32_t at;
-        Vector<float> bias, weight_sums;
-        Vector<__half> residual;
-    };
-
-    __device__ __forceinline__ void ask(Piece& piece, int32_t at) const {
-        const CannyConv& c = p.call;
-        int32_t row = first_row + at / kVectors, filter = first_filter + at % kVectors * 8;
-        piece.at = at;
-        if (at >= kHigh * kVectors || row >= p.rows) return;
-        piece.bias.load(c.bias + filter);
-        if constexpr (kNorm) piece.weight_sums.load(c.weight_sums + filter);
-        if (!c.residual) return;
-        row -= conv_divide(row, p.by_residual) * c.residual_batch * p.out_height * p.out_width;
-        piece.residual.load(static_cast<const __half*>(c.residual) + int64_t(row) * c.filters + filter);
-    }
-
-    __device__ __forceinline__ Piece first_piece() const {
-        Piece piece;
-        ask(piece, rank * blockDim.x + threadIdx.x);
-        return piece;
-    }
-
-    // Add up this block's share of the tile over the cluster, with bias and residual, and store it.
-    __device__ __forceinline__ void store(Piece& next) const {
-        int32_t count = (p.rows - first_row < kHigh ? p.rows - first_row : kHigh) * kVectors;
-        while (next.at < count) {
-            Piece piece = next;
-            if constexpr (!kNorm) ask(next, piece.at + p.cluster * blockDim.x);
-            int32_t row = piece.at / kVectors, column = piece.at % kVectors * 8;
-            float zeros[8] = {}, moments[2] = {};
-            float(&y)[8] = kNorm ? zeros : piece.bias.value;
-            add_up(y, moments, reinterpret_cast<const float*>(memory) + row * kSumsPitch, column);
-            if constexpr (kNorm) normalise(y, moments, piece);
-            Vector<__half>& v = piece.residual;
-            if (p.call.residual)
-#pragma unroll
-                for (int k = 0; k < 8; k++) y[k] += to_float(v.value[k]);
-#pragma unroll
-            for (int k = 0; k < 8; k++) from_float(y[k], v.value[k]);
-            v.store(static_cast<__half*>(p.call.y) + int64_t(first_row + row) * p.call.filters + first_filter + column);
-            if constexpr (kNorm) ask(next, piece.at + p.cluster * blockDim.x);  // no registers for two
-        }
-    }
-
-    __device__ __forceinline__ void normalise(float (&y)[8], const float (&moments)[2], const Piece& piece) const {
-        float mean = moments[0] / p.call.channels, square = moments[1] / p.call.channels;
-        float by = rsqrtf(fmaxf(square - mean * mean, 0.f) + p.call.epsilon);
-#pragma unroll
-        for (int k = 0; k < 8; k++) y[k] = by * (y[k] - mean * piece.weight_sums.value[k]) + piece.bias.value[k];
-    }
-
-    // Add up eight sums of a row from a column on, and its moments: four blocks at a time, of which everything is asked
-    // for before anything is added, since the way to their memory is long. Each block begins with its own, so that no
-    // memory is asked by all of them at once.
-    __device__ __forceinline__ void
-    add_up(float (&y)[8], float (&moments)[2], const float* row, int32_t column) const {
-#pragma unroll
-        for (int from = 0; from < kConvMostCluster; from += 4) {
-            float4 parts[4][2];
-            float2 more[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int32_t other = rank + from + i < p.cluster ? rank + from + i : rank + from + i - p.cluster;
-                if (from + i < p.cluster)
-                    for (int k = 0; k < 2; k++) parts[i][k] = cluster_read_4(row + column + 4 * k, other);
-                if (kNorm && from + i < p.cluster) more[i] = cluster_read_2(row + kWide, other);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (from + i < p.cluster) {
-                    for (int k = 0; k < 2; k++) {
-                        const float4& part = parts[i][k];
-                        y[4 * k] += part.x, y[4 * k + 1] += part.y, y[4 * k + 2] += part.z, y[4 * k + 3] += part.w;
-                    }
-                    if constexpr (kNorm) moments[0] += more[i].x, moments[1] += more[i].y;
-                }
-        }
-    }
 };
 
 // Grid: blocks of a cluster, tiles of filters, tiles of rows.
 template <int kGroups, int kWide, bool kNorm>
-__global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, kWide))
+__global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kGroups, kWide))
     conv(const __grid_constant__ ConvWork work) {
     using Block = ConvBlock<kGroups, kWide, kNorm>;
     Block block(work);
@@ -353,18 +236,25 @@ __global__ void __launch_bounds__(conv_threads(kGroups), conv_together(kGroups, 
     __syncthreads();  // barriers and zeros are there
     wait_for_previous();
     if (multiplies) {
+        if constexpr (Block::kUneven) registers_more<kConvMoreRegisters>();
         float sums[Block::kSums] = {};
         typename Block::Moments moments;
         block.multiply(sums, moments, row);
         let_next_begin();  // not before: its blocks would take places from those of another stream
+        if (Block::kDirect && p.cluster == 1) {
+            if (p.call.gate) return block.template store_own<1>(sums, moments);
+            return block.template store_own<0>(sums, moments);
+        }
         group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
         block.lay_out(sums, moments);
-    } else if (copies_x) {
-        block.copy_positions();
-    } else if (copies_weights) {
-        block.copy_weights(ring, ahead, block.last);
+    } else {
+        if constexpr (Block::kUneven) registers_less<kConvFewRegisters>();
+        if (copies_x) block.copy_positions();
+        if (copies_weights) block.copy_weights(ring, ahead, block.last);
     }
+    if (Block::kDirect && p.cluster == 1) return;
     __syncwarp();
+    if constexpr (Block::kUneven) multiplies ? registers_less<kConvRegisters>() : registers_more<kConvRegisters>();
     typename Block::Piece piece = block.first_piece();
     __syncthreads();  // the sums are there
     if (p.cluster > 1) cluster_arrive(), cluster_wait();
@@ -384,15 +274,20 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     if (!describe(work.x, call.x, positions, call.channels, p.x_box)) return false;
     if (call.second_channels && !describe(work.second, call.second, positions, call.second_channels, p.second_box))
         return false;
-    int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups);
+    int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups, plan.wide);
     dim3 grid(p.cluster, call.filters / plan.wide, (p.rows + high - 1) / high);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, work); };
-    auto cut = [&](auto norm) {
+    auto cut = [&](auto groups, auto norm) {
+        constexpr int kGroups = decltype(groups)::value;
         constexpr bool kNorm = decltype(norm)::value;
-        if (plan.groups == 1) return plan.wide == 64 ? go(conv<1, 64, kNorm>) : go(conv<1, 128, kNorm>);
-        return plan.wide == 64 ? go(conv<2, 64, kNorm>) : go(conv<2, 128, kNorm>);
+        if (plan.wide == 64) return go(conv<kGroups, 64, kNorm>);
+        if (plan.wide == 128) return go(conv<kGroups, 128, kNorm>);
+        return plan.wide == 192 ? go(conv<kGroups, 192, kNorm>) : go(conv<kGroups, 256, kNorm>);
     };
-    return call.weight_sums ? cut(std::true_type{}) : cut(std::false_type{});
+    std::integral_constant<int, 1> one;
+    std::integral_constant<int, 2> two;
+    if (call.weight_sums) return plan.groups == 1 ? cut(one, std::true_type{}) : cut(two, std::true_type{});
+    return plan.groups == 1 ? cut(one, std::false_type{}) : cut(two, std::false_type{});
 }
 
 }  // namespace canny

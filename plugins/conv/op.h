@@ -11,19 +11,20 @@ namespace canny {
 
 struct ConvOp {
     struct Fields {
-        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0, second = 0;
+        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0, second = 0, gate = 0;
         float epsilon = 0.f;
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyConv";
-    static constexpr std::array<Field, 7> fields{
+    static constexpr std::array<Field, 8> fields{
         {{"version", false, offsetof(Fields, version)},
          {"size", false, offsetof(Fields, size)},
          {"stride", false, offsetof(Fields, stride)},
          {"residual", false, offsetof(Fields, residual)},
          {"norm", false, offsetof(Fields, norm)},
          {"second", false, offsetof(Fields, second)},
+         {"gate", false, offsetof(Fields, gate)},
          {"epsilon", true, offsetof(Fields, epsilon)}}
     };
 
@@ -35,6 +36,9 @@ struct ConvOp {
         if (wrong.empty()) wrong = no_switch("second", f.second);
         if (wrong.empty() && f.second && (f.stride != 1 || f.norm))
             return "second is 1, but only convolutions of stride 1 without a LayerNorm take a second map";
+        if (wrong.empty()) wrong = no_switch("gate", f.gate);
+        if (wrong.empty() && f.gate && (f.size != 1 || f.residual))
+            wrong = "gate is 1, but only convolutions of size 1 without a residual take one";
         if (!wrong.empty() || !f.norm) return wrong;
         if (f.size != 1) return "norm is 1, but only convolutions of size 1 take a LayerNorm before them";
         bool positive = f.epsilon > 0.f && std::isfinite(f.epsilon);
@@ -43,14 +47,16 @@ struct ConvOp {
 
     // x (B, C, h, w), weight (D / 64, C / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it, bias (D) and
     // perhaps, where x is normalised first, the sums of the filters' weights (D), a second map (B, E, h, w), which adds
-    // E / 64 to the weight's second axis, and a residual (1 or B, D, h / stride, w / stride).
+    // E / 64 to the weight's second axis, and a residual (1 or B, D, h / stride, w / stride). With gate the filters are 8 of
+    // a, 8 of b, 8 of a, …, and the result is a · GELU(b) (B, D / 2, …).
     static int32_t inputs(const Fields& f) { return 3 + f.norm + f.second + f.residual; }
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         nvinfer1::DimsExprs y = in[0];
-        y.d[1] = in[2].d[0];
+        auto divide = nvinfer1::DimensionOperation::kCEIL_DIV;
+        y.d[1] = f.gate ? build.operation(divide, *in[2].d[0], *build.constant(2)) : in[2].d[0];
         for (int32_t i = 2; i < 4; i++)
-            y.d[i] = build.operation(nvinfer1::DimensionOperation::kCEIL_DIV, *y.d[i], *build.constant(f.stride));
+            y.d[i] = build.operation(divide, *y.d[i], *build.constant(f.stride));
         return y;
     }
 
@@ -106,6 +112,7 @@ struct ConvOp {
         call.residual_batch = f.residual ? int32_t(in[3 + f.norm + f.second].dims.d[0]) : 0;
         call.second_channels = f.second ? int32_t(in[3].dims.d[1]) : 0;
         call.epsilon = f.epsilon;
+        call.gate = f.gate;
         return canny_conv(&call, stream);
     }
 };

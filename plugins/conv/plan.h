@@ -37,11 +37,25 @@ struct ConvPlan {
     int32_t predicted = 0, cost = 0;                     // in ns; what cuts are chosen by
 };
 
-// A thread of one more warp has x copied, one of another the weights.
-constexpr int32_t conv_threads(int32_t groups) { return groups * kConvWarpgroup + 64; }
+constexpr int32_t kConvWidths[] = {64, 128, 192, 256};  // filters of a tile
+constexpr int32_t kConvNarrow = 128;                     // up to which there are all sizes; above 1×1 only
+
+// Whether threads that multiply need more registers than each thread of a block can have.
+constexpr bool conv_uneven(int32_t groups, int32_t wide) { return groups == 2 && wide == 256; }
+
+// A thread of one more warp has x copied, one of another the weights. Only a whole warpgroup can give registers away.
+constexpr int32_t conv_threads(int32_t groups, int32_t wide) {
+    return groups * kConvWarpgroup + (conv_uneven(groups, wide) ? kConvWarpgroup : 64);
+}
+
+// Registers of each of three warpgroups; of two that multiply and of the one that copies, where that is too few.
+constexpr int kConvRegisters = 168, kConvMoreRegisters = 208, kConvFewRegisters = 88;
+
+// Whether threads have registers for the gate.
+constexpr bool conv_gates(int32_t groups, int32_t wide) { return groups == 1 || wide > 64; }
 
 // How many blocks a processor has registers for.
-constexpr int32_t conv_together(int32_t groups, int32_t wide) { return groups == 1 || groups * wide == 128 ? 2 : 1; }
+constexpr int32_t conv_together(int32_t groups, int32_t wide) { return groups * wide <= 128 ? 2 : 1; }
 
 #ifdef __CUDACC__
 #define CANNY_BOTH __host__ __device__ __forceinline__
@@ -98,7 +112,7 @@ inline bool conv_places(ConvPlan& plan) {
     if (p.call.second_channels && most_second > p.x_rows) p.x_rows = most_second;
     int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2;
     p.x_places = p.taps == 1 ? 4 : p.call.second_channels ? 3 : 2;  // the second map has one tap
-    p.places = plan.wide == 64 ? 8 : 6;
+    p.places = plan.wide == 128 ? 6 : 8;
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
     int32_t sums = kConvAlign + high * (plan.wide + 8) * int32_t(sizeof(float)), x_places = p.x_places, places = p.places;
     for (int32_t most : {conv_together(plan.groups, plan.wide) > 1 ? kConvHalfBytes : 0, kConvMostBytes}) {
@@ -120,6 +134,7 @@ inline int32_t conv_beside(const ConvPlan& plan) {
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
     constexpr double kClock = 1.755, kWeightsRate = 4200.;  // per ns: clocks, bytes from memory
+    constexpr double kShared = 11.25, kDirect = 4., kGate = 4.4;  // ns for the sums of a filter and 64 rows
     constexpr int32_t kParts = 8, kProcessors = 16, kLost = 3;  // a cluster lies in one of 8 parts; some are split up
     constexpr int32_t kMany = 120, kSome = 70;                  // blocks
     int32_t together = conv_beside(plan);
@@ -137,7 +152,8 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     double main = turns * ((share - single) * unit(p.taps) + single * unit(1));
     double readers = double(blocks) * plan.wide / 11558.;  // so many halves ahead keep the memory busy
     double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
-    double sums = 11.25 * plan.groups * plan.wide * turns;
+    bool direct = plan.wide > kConvNarrow && p.cluster == 1;  // from registers to memory
+    double sums = ((direct ? kDirect : kShared) + (p.call.gate ? kGate : 0.)) * plan.groups * plan.wide * turns;
     double rest = 2857. + sums + 360. * (p.cluster - 1) + 2456. * (turns - 1) + (blocks >= kMany ? 908. : 0.);
     return int32_t((main > weights ? main : weights) + rest);
 }
@@ -158,6 +174,7 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     if (call.weight_sums && call.size != 1) return none;
     if (call.second_channels < 0 || call.second_channels % kConvDeep) return none;
     if (call.second_channels && (call.stride != 1 || call.weight_sums)) return none;
+    if (call.gate && (call.gate != 1 || call.size != 1 || call.residual)) return none;
     if (call.residual && (call.residual_batch < 1 || call.residual_batch > call.batch)) return none;
     if (call.cluster < 0 || call.cluster > kConvMostCluster) return none;
     ConvParams p{call};
@@ -171,10 +188,12 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     p.by_width = conv_inverse(p.out_width);
     p.by_height = conv_inverse(p.out_height);
     p.by_residual = call.residual ? conv_inverse(call.residual_batch * p.out_height * p.out_width) : 0;
-    for (int32_t at = 0; at < 2 * kConvMostGroups; at++) {
-        int32_t groups = at / 2 + 1, high = 64 * groups, wide = 64 << at % 2;
+    constexpr int32_t kWidths = sizeof kConvWidths / sizeof *kConvWidths;
+    for (int32_t at = 0; at < kWidths * kConvMostGroups; at++) {
+        int32_t groups = at / kWidths + 1, high = 64 * groups, wide = kConvWidths[at % kWidths];
         if (groups > 1 && high - 64 >= p.rows) break;
         if (call.filters % wide || (call.wide && call.wide != wide) || (call.high && call.high != high)) continue;
+        if ((wide > kConvNarrow && p.taps > 1) || (call.gate && !conv_gates(groups, wide))) continue;
         ConvPlan plan;
         plan.params = p;
         plan.wide = wide;

@@ -8,7 +8,7 @@ import pytest
 from bench.conv import convolutions, cuts, result_of
 from plugins.call import error
 from plugins.conv_calls import Conv, conv_on_gpu
-from plugins.load import CONV_CAPABILITY
+from plugins.load import CONV_CAPABILITY, CONV_MULTIPLE
 from runtime.engine import check, cuda_runtime, gpu
 from trt_builder.config import ModelConfig, Options, Shape
 
@@ -19,9 +19,14 @@ pytestmark = pytest.mark.skipif(
 
 OWN = Options(attention="own", conv="own")
 FOLDED = replace(OWN, qkv="apart", layer_norm="folded")
+EVERY = replace(OWN, conv="all", layer_norm="folded")
 SD15, SHAPE = ModelConfig.load("sd15"), Shape(256, 384)
-ALL = convolutions(SD15, SHAPE) | convolutions(SD15, SHAPE, OWN) | convolutions(SD15, SHAPE, FOLDED)
-NETWORKS = sorted(ALL, key=lambda one: one.flop)
+ALL = set().union(*(convolutions(SD15, SHAPE, options) for options in (Options(), OWN, FOLDED, EVERY)))
+NETWORKS = sorted((one for one in ALL if one.channels % CONV_MULTIPLE == 0), key=lambda one: one.flop)
+WIDE = [
+    Conv(2, 320, 9, 14, 768, 1, residual_batch=1), Conv(3, 640, 9, 14, 768, 1, norm=True, gate=True),
+    Conv(1, 64, 1, 1, 768, 1, gate=True),
+]  # fmt: skip
 OTHERS = [
     Conv(1, 64, 1, 1, 64), Conv(3, 64, 5, 7, 128, residual_batch=1), Conv(2, 192, 9, 13, 192, stride=2),
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 640, 9, 13, 128, size=1, residual_batch=2),
@@ -31,7 +36,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("conv", [*OTHERS, *NETWORKS], ids=str)
+@pytest.mark.parametrize("conv", [*OTHERS, *WIDE, *NETWORKS], ids=str)
 def test_every_cut_against_float64(library: Any, conv: Conv) -> None:
     arrays = conv.arrays(mean=3.0 if conv.norm else 0.0)
     expected, tried = conv.expected(arrays), [conv, *cuts(conv, library)]
@@ -41,11 +46,11 @@ def test_every_cut_against_float64(library: Any, conv: Conv) -> None:
             assert error(result_of(on_gpu, cut), expected) < 1e-3, cut
 
 
-@pytest.mark.parametrize(
-    "conv",
-    [NETWORKS[0], NETWORKS[-1], OTHERS[1], replace(OTHERS[1], cluster=8), OTHERS[7], replace(OTHERS[7], cluster=8)],
-    ids=str,
-)
+ROWS = [NETWORKS[0], NETWORKS[-1], OTHERS[1], replace(OTHERS[1], cluster=8), OTHERS[7], replace(OTHERS[7], cluster=8)]
+ROWS += [replace(one, high=128, wide=wide, cluster=n) for one in WIDE[:2] for wide in (192, 256) for n in (1, 4)]
+
+
+@pytest.mark.parametrize("conv", ROWS, ids=str)
 def test_the_same_bits_a_hundred_times_in_a_graph(library: Any, conv: Conv, same_bits_in_a_graph: Any) -> None:
     """Several in a row, each of which may begin before the one before it has ended."""
     with conv_on_gpu(library, conv, conv.arrays()) as on_gpu:
