@@ -1,8 +1,9 @@
 // Convolutions of small maps as matrix products (B·h·w) × (taps·channels) × filters, in half precision with sums in
 // float. With few positions the time is that of reading the weights, once and all at the same time:
 //
-// - A tile is 64 or 128 positions × 64 or 128 filters, or 192 or 256 of a 1×1 convolution. The blocks of a cluster share it: each has a slice of the
-//   products' length, and adds up a part of the tile through the others' shared memory, always in the same order.
+// - A tile is 64 or 128 positions × 64 or 128 filters, or 192 or 256 of a 1×1 convolution. The blocks of a cluster share
+//   it: each has a slice of the products' length, and adds up a part of the tile through the others' shared memory, always
+//   in the same order.
 // - One warp has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Three
 //   copy the positions' channels, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
@@ -205,6 +206,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         block.begin_barriers();
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
+    const bool direct = Block::kDirect && p.cluster == 1;
     typename Block::Row row{};
     if (helper < 0) block.clear_zeros(), row = block.row();
     __syncwarp();
@@ -216,19 +218,19 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         typename Block::Moments moments;
         block.multiply(sums, moments, row);
         let_next_begin();  // not before: its blocks would take places from those of another stream
-        if (Block::kDirect && p.cluster == 1) {
-            if (p.call.gate) return block.template store_own<1>(sums, moments);
-            return block.template store_own<0>(sums, moments);
+        if (direct) {
+            p.call.gate ? block.template store_own<1>(sums, moments) : block.template store_own<0>(sums, moments);
+        } else {
+            group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
+            block.lay_out(sums, moments);
         }
-        group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
-        block.lay_out(sums, moments);
     } else {
         if constexpr (Block::kUneven) registers_less<kConvFewRegisters>();
         if (helper < Block::kLoaders) block.copy_positions(helper);
         if (helper == Block::kLoaders) block.copy_weights(ring, ahead, block.last);
     }
-    if (Block::kDirect && p.cluster == 1) return;
     __syncwarp();
+    if (direct) return __syncthreads();  // no thread ends before its copies
     if constexpr (Block::kUneven) helper < 0 ? registers_less<kConvRegisters>() : registers_more<kConvRegisters>();
     typename Block::Piece piece = block.first_piece();
     __syncthreads();  // the sums are there
