@@ -152,7 +152,9 @@ class Conv:
     def plan(self, library: Any) -> ConvPlan | None:
         """How the call is cut; None where there is no kernel for it."""
         out = (ctypes.c_int32 * 8)()
-        library.canny_conv_plan(ctypes.byref(self.call()), out)
+        call: Any = self.call()
+        call.weight_sums = 1 if self.norm else None  # any address: whether there is one
+        library.canny_conv_plan(ctypes.byref(call), out)
         groups, wide, cluster, blocks, x_places, places, shared, ns = out
         return ConvPlan(64 * groups, wide, cluster, blocks, x_places, places, shared, ns / 1000) if groups else None
 

@@ -122,8 +122,8 @@ def test_the_second_maps_of_sd15() -> None:
 def test_the_gates_of_sd15() -> None:
     """One in each transformer, where every convolution is the plugin's."""
     config, shape = ModelConfig.load("sd15"), Shape(256, 384)
-    for conv, gates in (("builtin", 0), ("own", 0), ("all", 23)):
-        found = bench.convolutions(config, shape, Options(attention="own", conv=conv))
+    for options, gates in ((Options(), 0), (Options(conv="own"), 0), (Options(conv="all"), 23)):
+        found = bench.convolutions(config, shape, options)
         assert sum(n for one, n in found.items() if one.gate) == gates
 
 

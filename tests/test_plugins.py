@@ -262,7 +262,7 @@ def test_the_builder_gives_convolutions_to_the_plugin(
         (batch, channels, h, w), added = x.shape, rest[-1].shape[0] if fields["residual"] else 0
         norm, gate, second = bool(fields["norm"]), bool(fields["gate"]), fields["second"]
         of_second = rest[fields["norm"]].shape[1] if second else 0
-        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, of_second, gate)] += 1
+        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, of_second, gate=gate)] += 1
         return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, **fields)
 
     plugin_stand_ins.use(monkeypatch)

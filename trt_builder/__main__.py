@@ -83,7 +83,7 @@ def parser() -> Parser:
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--conv", choices=("auto", "builtin", "own", "all"), default="auto", help="of small maps (%(default)s)")
-    add("--layer-norm", choices=("apart", "folded"), default="apart", help="folded: in convolutions (%(default)s)")
+    add("--layer-norm", choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser(
@@ -223,10 +223,13 @@ def switches(options: argparse.Namespace, flavour: Flavour, capability: str | No
     def usual(asked: Any, otherwise: Any, own: bool = own) -> Any:
         return ("own" if own else otherwise) if asked == "auto" else asked
 
+    attention = usual(options.attention, "fused")
+    conv = usual(options.conv, "builtin", own and capability == CONV_CAPABILITY)
+    folds = attention == "own" and conv != "builtin"
     return Options(
-        options.precision, usual(options.attention, "fused"), options.qkv, not options.no_shared_prefix,
+        options.precision, attention, options.qkv, not options.no_shared_prefix,
         options.boundary, usual(options.residual, "fused"), usual(options.group_norm, "auto"),
-        usual(options.conv, "builtin", own and capability == CONV_CAPABILITY), options.layer_norm,
+        conv, ("folded" if folds else "apart") if options.layer_norm == "auto" else options.layer_norm,
     )  # fmt: skip
 
 

@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 BUILT_IN_CHANNELS = frozenset((128, 256, 320, 512, 640, 960, 1280, 1920, 2560))
 BUILT_IN_ROWS = 32
 
-# Numbers of the result up to which convolutions are our plugin's, if a 1×1 one does not widen x by more than this: with
-# more there are tiles enough for TensorRT's own to keep a GPU busy.
-CONV_NUMBERS, CONV_WIDER = 983_040, 2
+# Numbers of the result up to which convolutions are our plugin's, by their size: with more there are tiles enough for
+# TensorRT's own to keep a GPU busy. Those of size 1 spare a launch: of a LayerNorm, a gate or another product.
+CONV_NUMBERS = {1: 7_864_320, 3: 983_040}
 
 
 def conv_wins(rows: int, weight: Sequence[int]) -> bool:
@@ -47,8 +47,8 @@ def conv_wins(rows: int, weight: Sequence[int]) -> bool:
 
     weight: the shape (D, C, size, size). Source: the measurements in plugins/README.md.
     """
-    filters, channels, size, _ = weight
-    return rows * filters <= CONV_NUMBERS and (size > 1 or filters <= CONV_WIDER * channels)
+    filters, _, size, _ = weight
+    return rows * filters <= CONV_NUMBERS.get(size, 0)
 
 
 def conv_chosen(conv: str, rows: int, weight: Sequence[int]) -> bool:

@@ -230,6 +230,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         block.begin_barriers();
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
+    const bool direct = Block::kDirect && p.cluster == 1;
     typename Block::Row row{};
     if (multiplies) block.clear_zeros(), row = block.row();
     __syncwarp();
@@ -241,19 +242,19 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         typename Block::Moments moments;
         block.multiply(sums, moments, row);
         let_next_begin();  // not before: its blocks would take places from those of another stream
-        if (Block::kDirect && p.cluster == 1) {
-            if (p.call.gate) return block.template store_own<1>(sums, moments);
-            return block.template store_own<0>(sums, moments);
+        if (direct) {
+            p.call.gate ? block.template store_own<1>(sums, moments) : block.template store_own<0>(sums, moments);
+        } else {
+            group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
+            block.lay_out(sums, moments);
         }
-        group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
-        block.lay_out(sums, moments);
     } else {
         if constexpr (Block::kUneven) registers_less<kConvFewRegisters>();
         if (copies_x) block.copy_positions();
         if (copies_weights) block.copy_weights(ring, ahead, block.last);
     }
-    if (Block::kDirect && p.cluster == 1) return;
     __syncwarp();
+    if (direct) return __syncthreads();  // no thread ends before its copies
     if constexpr (Block::kUneven) multiplies ? registers_less<kConvRegisters>() : registers_more<kConvRegisters>();
     typename Block::Piece piece = block.first_piece();
     __syncthreads();  // the sums are there

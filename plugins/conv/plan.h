@@ -129,32 +129,34 @@ inline int32_t conv_beside(const ConvPlan& plan) {
     return plan.bytes <= kConvHalfBytes ? conv_together(plan.groups, plan.wide) : 1;
 }
 
-// What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured of 1,425 cuts, of which it chooses
-// one that is 0.3% slower than the best, on average.
+// What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured of 1,893 cuts of 76 shapes, of which it
+// chooses one that is 0.9% slower than the best, on average.
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
-    constexpr double kClock = 1.755, kWeightsRate = 4200.;  // per ns: clocks, bytes from memory
-    constexpr double kShared = 11.25, kDirect = 4., kGate = 4.4;  // ns for the sums of a filter and 64 rows
-    constexpr int32_t kParts = 8, kProcessors = 16, kLost = 3;  // a cluster lies in one of 8 parts; some are split up
-    constexpr int32_t kMany = 120, kSome = 70;                  // blocks
+    constexpr double kClock = 1.755, kWeightsRate = 5134.;     // per ns: clocks, bytes from memory
+    constexpr double kShared = 9.7, kDirect = 7.5, kGate = 8.1;  // for the sums of a filter and 64 rows
+    constexpr int32_t kParts = 8, kProcessors = 16, kLost = 3;   // a cluster lies in one of 8 parts; some are split up
+    constexpr int32_t kMany = 120, kSome = 70;                   // blocks
+    bool norm = p.call.weight_sums != nullptr;
     int32_t together = conv_beside(plan);
     int32_t at_once = p.cluster > 1 ? kParts * (kProcessors * together / p.cluster) - kLost : 132 * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
-    double busy = together == 1 ? 1 : blocks > kMany ? 2 : blocks > kSome ? 1.21 : 1;
+    double busy = together == 1 ? 1 : blocks > kMany ? 2.1 : blocks > kSome ? 1.03 : 1;
     // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
     auto unit = [&](int32_t taps) {
-        double shared = plan.groups * (64. + plan.wide + 64. / taps) + plan.wide;
-        double busy_with = 1.38 * busy * shared / kClock, alone = 103. + 151. * plan.groups;
-        return busy_with > alone ? busy_with : alone;
+        double shared = plan.groups * (55.7 + plan.wide + 36.4 / taps) + plan.wide;
+        double busy_with = 1.24 * busy * shared / kClock, alone = 86.7 + 86.3 * plan.groups;
+        return (busy_with > alone ? busy_with : alone) + (norm ? 19.5 : 0.);
     };
     int32_t share = (p.units + p.cluster - 1) / p.cluster, single = p.units - p.x_units;  // the second map's
     if (single > share) single = share;  // in the last block of a cluster
     double main = turns * ((share - single) * unit(p.taps) + single * unit(1));
-    double readers = double(blocks) * plan.wide / 11558.;  // so many halves ahead keep the memory busy
+    double readers = double(blocks) * plan.wide / 9416.;  // so many halves ahead keep the memory busy
     double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
     bool direct = plan.wide > kConvNarrow && p.cluster == 1;  // from registers to memory
     double sums = ((direct ? kDirect : kShared) + (p.call.gate ? kGate : 0.)) * plan.groups * plan.wide * turns;
-    double rest = 2857. + sums + 360. * (p.cluster - 1) + 2456. * (turns - 1) + (blocks >= kMany ? 908. : 0.);
+    double rest = 2693. + sums + 247. * (p.cluster - 1) + 2991. * (turns - 1);
+    rest += (blocks >= kMany ? 852. : 0.) + (norm ? 321. : 0.);
     return int32_t((main > weights ? main : weights) + rest);
 }
 
