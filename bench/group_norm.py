@@ -323,7 +323,7 @@ def sweep(library: Any, counts: Counter[GroupNorm], replays: int) -> int:
     """Print what each shape takes in each way that it can be cut, the chosen one marked."""
     for norm in sorted(counts, key=lambda one: one.moved):
         chosen, cells = plan(library, norm.call(library.canny_max_cluster())), []
-        for force in (1, 2, 4, 8, -1):
+        for force in (1, 2, 3, 4, 5, 8, -1):
             cut = plan(library, norm.call(library.canny_max_cluster(), force))
             if cut.path != "none":
                 mark = "*" if cut == chosen else ""

@@ -23,7 +23,7 @@ class CannyConv(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
         *((name, ctypes.c_int32) for name in ("residual_batch", "second_channels", "cluster", "high", "wide")),
         ("epsilon", ctypes.c_float),
-        ("gate", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("gate", "beside")),
     ]
 
 
@@ -51,6 +51,7 @@ class Conv:
     norm: whether x goes through a LayerNorm of this epsilon first, for 1×1 only.
     second: channels of a second map, whose products by a 1×1 weight are added, for stride 1 only; 0 without one.
     gate: whether y is a · GELU(b), D / 2 wide, of (a, b) side by side, for 1×1 without a residual only.
+    beside: whether kernels of another stream are to run beside it.
     cluster, high, wide: how it is cut, blocks that share a tile, its rows and filters; 0 leaves it to the kernel.
     """
 
@@ -69,6 +70,7 @@ class Conv:
     wide: int = 0
     epsilon: float = 1e-5
     gate: bool = False
+    beside: bool = False
 
     @property
     def out(self) -> tuple[int, int, int, int]:

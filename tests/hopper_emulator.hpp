@@ -194,6 +194,5 @@ inline float2 cluster_read_2(const float* mine, int rank) {
     return {cluster_read(mine, rank), cluster_read(mine + 1, rank)};
 }
 
-inline void let_next_begin() {}
 
 }  // namespace canny

@@ -315,6 +315,8 @@ inline void cluster_arrive_read() { cluster_arrive(); }
 
 inline void cluster_wait() { emulator::wait(emulator::cluster, emulator::current->cluster_generation); }
 
+inline void let_next_begin() {}
+
 inline void wait_for_previous() { emulator::current->waited = true; }
 
 inline float cluster_read(const float* mine, int rank) {

@@ -356,8 +356,8 @@ int main(int, char** arguments) {
     configure(*plus, tensors, false, 2);
     end(plus);
     auto& convolution = *static_cast<Creator*>(entry(count)[5]);
-    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 8);
-    int32_t size = 3, stride = 2, residual = 1, normed = 0, second = 0, gated = 0;
+    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 9);
+    int32_t size = 3, stride = 2, residual = 1, normed = 0, second = 0, gated = 0, beside = 0;
     fields.fields = {
         given.fields[0],
         {"size", &size, PluginFieldType::kINT32, 1},
@@ -366,6 +366,7 @@ int main(int, char** arguments) {
         {"norm", &normed, PluginFieldType::kINT32, 1},
         {"second", &second, PluginFieldType::kINT32, 1},
         {"gate", &gated, PluginFieldType::kINT32, 1},
+        {"beside", &beside, PluginFieldType::kINT32, 1},
         {"epsilon", &fields.epsilon, PluginFieldType::kFLOAT32, 1}
     };
     Plugin* conv = create(convolution, fields);

@@ -197,7 +197,7 @@ def numbers(network: Any, constant: Any) -> np.ndarray:
 
 
 def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int,
-         norm: int, second: int, gate: int, epsilon: float) -> Any:  # fmt: skip
+         norm: int, second: int, gate: int, beside: int, epsilon: float) -> Any:  # fmt: skip
     assert len(rest) == norm + second + residual and not (gate and residual)
     blocks, n, filters = numbers(network, weight), weight.shape[2], bias.shape[0]
     units = x.shape[1] // n * size * size

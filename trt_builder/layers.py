@@ -47,6 +47,7 @@ class Net:
     root: str
     dtype: Float
     path: tuple[str, ...] = ()
+    beside: bool = False  # whether another stage runs at the same time
     used: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -266,7 +267,7 @@ def own_conv(
     b = exact.constant(bias, (len(weight),), f"{name}bias")
     inputs = [x, w, b, *sums, *(a_map for a_map, _ in second), *([] if residual is None else [residual])]
     fields = {"size": weight.shape[2], "stride": stride, "residual": int(residual is not None)}
-    fields |= {"norm": int(norm is not None), "second": len(second), "gate": int(gate)}
+    fields |= {"norm": int(norm is not None), "second": len(second), "gate": int(gate), "beside": int(net.beside)}
     return own(net, CONV, inputs, what, **fields, epsilon=LAYER_NORM_EPSILON)
 
 

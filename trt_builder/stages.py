@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plugins.load import JOIN, JOIN_NORM, UPDATE
-from runtime.steps import COND
+from runtime.steps import COND, STEP
 from trt_builder.clip import text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.control import residuals
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 CLIP = "cond_stage_model.transformer.text_model."
 VAE = "first_stage_model."
+BESIDE = (*STEP[:2], *COND[:2])  # of which two run at the same time
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Stage:
     def net(self, root: str) -> Net:
         """The place in the checkpoint whose prefix is `root`."""
         return Net(
-            self.network, self.flavour, self.weights, self.options, self.name, root, self.dtype, used=self.names
+            self.network, self.flavour, self.weights, self.options, self.name, root, self.dtype,
+            beside=self.name in BESIDE, used=self.names,
         )  # fmt: skip
 
     def input(self, name: str, shape: Sequence[int], dtype: Any = None, channels_last: bool = False) -> trt.ITensor:

@@ -25,4 +25,5 @@ struct CannyConv {
     int32_t cluster, high, wide;  // blocks that share a tile, rows and filters of a tile; 0: chosen from the shape
     float epsilon;                // added to the variance, with weight_sums
     int32_t gate;                 // 0 or 1
+    int32_t beside;               // 1: kernels of another stream are to run beside it
 };

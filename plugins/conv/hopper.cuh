@@ -227,9 +227,6 @@ __device__ __forceinline__ void registers_more() {
 #endif
 }
 
-// The next kernel, if it was launched to begin early, may be set up as soon as every block has called this or ended.
-__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // -- clusters --------------------------------------------------------------------------------------------------------
 
 // Four floats that lie at the address of `mine` in the shared memory of the block number `rank` of the cluster.

@@ -11,13 +11,13 @@ namespace canny {
 
 struct ConvOp {
     struct Fields {
-        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0, second = 0, gate = 0;
+        int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0, second = 0, gate = 0, beside = 0;
         float epsilon = 0.f;
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyConv";
-    static constexpr std::array<Field, 8> fields{
+    static constexpr std::array<Field, 9> fields{
         {{"version", false, offsetof(Fields, version)},
          {"size", false, offsetof(Fields, size)},
          {"stride", false, offsetof(Fields, stride)},
@@ -25,6 +25,7 @@ struct ConvOp {
          {"norm", false, offsetof(Fields, norm)},
          {"second", false, offsetof(Fields, second)},
          {"gate", false, offsetof(Fields, gate)},
+         {"beside", false, offsetof(Fields, beside)},
          {"epsilon", true, offsetof(Fields, epsilon)}}
     };
 
@@ -37,6 +38,7 @@ struct ConvOp {
         if (wrong.empty() && f.second && (f.stride != 1 || f.norm))
             return "second is 1, but only convolutions of stride 1 without a LayerNorm take a second map";
         if (wrong.empty()) wrong = no_switch("gate", f.gate);
+        if (wrong.empty()) wrong = no_switch("beside", f.beside);
         if (wrong.empty() && f.gate && (f.size != 1 || f.residual))
             wrong = "gate is 1, but only convolutions of size 1 without a residual take one";
         if (!wrong.empty() || !f.norm) return wrong;
@@ -113,6 +115,7 @@ struct ConvOp {
         call.second_channels = f.second ? int32_t(in[3].dims.d[1]) : 0;
         call.epsilon = f.epsilon;
         call.gate = f.gate;
+        call.beside = f.beside;
         return canny_conv(&call, stream);
     }
 };

@@ -17,6 +17,7 @@ constexpr int kConvMostBox = 256;          // rows of a copy
 constexpr int kConvWarpgroup = 128;
 constexpr int kConvMostBytes = 227 << 10;  // of shared memory that a block may have
 constexpr int kConvHalfBytes = 113 << 10;  // and with another on its processor
+constexpr int kConvProcessors = 132;       // of the GPU that calls are cut for, an H200
 constexpr int kConvMostGroups = 2, kConvMostCluster = 8;
 constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
@@ -129,6 +130,13 @@ inline int32_t conv_beside(const ConvPlan& plan) {
     return plan.bytes <= kConvHalfBytes ? conv_together(plan.groups, plan.wide) : 1;
 }
 
+// Alone on the GPU, a kernel of few blocks takes so much memory that no two of them share a processor: they are set up
+// while the kernel before still has most processors, and would crowd on the others.
+inline void conv_spread(ConvPlan& plan) {
+    bool few = plan.tiles * plan.params.cluster <= kConvProcessors && !plan.params.call.beside;
+    if (few && plan.bytes <= kConvHalfBytes) plan.bytes = kConvHalfBytes + 1024;
+}
+
 // What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured of 1,893 cuts of 76 shapes, of which it
 // chooses one that is 0.9% slower than the best, on average.
 inline int32_t conv_predicted(const ConvPlan& plan) {
@@ -139,7 +147,7 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     constexpr int32_t kMany = 120, kSome = 70;                   // blocks
     bool norm = p.call.weight_sums != nullptr;
     int32_t together = conv_beside(plan);
-    int32_t at_once = p.cluster > 1 ? kParts * (kProcessors * together / p.cluster) - kLost : 132 * together;
+    int32_t at_once = p.cluster > 1 ? kParts * (kProcessors * together / p.cluster) - kLost : kConvProcessors * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
     double busy = together == 1 ? 1 : blocks > kMany ? 2.1 : blocks > kSome ? 1.03 : 1;
     // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
@@ -160,10 +168,11 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     return int32_t((main > weights ? main : weights) + rest);
 }
 
-// The time, but less for a cut that leaves a part of the GPU to another stream: half of a step has two. The exponent is the
-// best of 0, 0.3 and 0.5 for a whole step.
+// The time, but less for a cut that leaves a part of the GPU to another stream, where there is one. The exponent is the best
+// of 0, 0.15, 0.3 and 0.45 for the half of a step that has two.
 inline int32_t conv_cost(const ConvPlan& plan) {
-    double taken = double(plan.tiles) * plan.params.cluster / (132 * conv_beside(plan));
+    if (!plan.params.call.beside) return plan.predicted;
+    double taken = double(plan.tiles) * plan.params.cluster / (kConvProcessors * conv_beside(plan));
     return int32_t(plan.predicted * std::pow(taken < 1 ? taken : 1., 0.3));
 }
 
@@ -202,11 +211,14 @@ inline ConvPlan conv_plan(const CannyConv& call) {
         plan.groups = groups;
         if (!conv_places(plan)) continue;
         plan.tiles = call.filters / wide * ((p.rows + high - 1) / high);
+        int32_t bytes = plan.bytes;
         for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
             if (call.cluster && call.cluster != cluster) continue;
             plan.params.cluster = cluster;
             plan.params.share = p.units / cluster;
             plan.params.rest = p.units % cluster;
+            plan.bytes = bytes;
+            conv_spread(plan);
             plan.predicted = conv_predicted(plan);
             plan.cost = conv_cost(plan);
             if (!best.groups || plan.cost < best.cost) best = plan;

@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
     thread.take(records, data, count, row);
     thread.put(shared, records);
     __syncthreads();
+    let_next_begin();
     thread.load_channels(scale, p.gamma);
     thread.load_channels(shift, p.beta);
     thread.merge_block(shared);

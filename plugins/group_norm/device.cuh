@@ -56,6 +56,13 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// The next kernel, if it was launched to begin early, may be set up as soon as every block has called this or ended.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

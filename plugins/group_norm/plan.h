@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace canny {
 
@@ -118,6 +119,13 @@ inline Plan plan_linear(const Shape& shape) {
     return plan;
 }
 
+// How often a large GPU is filled: an H200 has so many clusters of 1, 2, … large blocks at once, of small ones twice as many.
+constexpr int32_t plan_turns(const Plan& plan, int32_t batch) {
+    constexpr int32_t kAtOnce[] = {132, 66, 39, 30, 22, 18, 16, 15};
+    int32_t large = plan.slices > 8 ? 1 : kAtOnce[plan.slices - 1];
+    return ceil_div(plan.tiles * batch, plan.batches <= 2 ? 2 * large : large);
+}
+
 // The plan for a GPU whose clusters have up to `max_cluster` blocks (1 where it knows none).
 //
 // force: 0 chooses; a positive number is the cluster of one launch; -1 are two launches. A plan that cannot be
@@ -138,6 +146,13 @@ inline Plan make_plan(const Shape& shape, int32_t max_cluster, int32_t force = 0
         chosen = plan;
         // Two vectors a thread are soon done; more are worth the wait for other blocks of the cluster.
         if (plan.batches <= 2) break;
+    }
+    // A last few clusters that find no place take as long as all the others: better fewer blocks with more each.
+    for (int32_t slices : {5, 3}) {
+        bool late = chosen.path != Path::kNone && plan_turns(chosen, shape.batch) == 2 && !force;
+        if (slices > max_cluster || slices > shape.positions || (!late && force != slices)) continue;
+        Plan plan = plan_one_launch(shape, slices);
+        if (plan.batches <= most && (force || plan_turns(plan, shape.batch) == 1)) chosen = plan;
     }
     if (chosen.path != Path::kNone || force > 0) return chosen;
     chosen = plan_two_launches(shape);
