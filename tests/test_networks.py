@@ -217,7 +217,7 @@ def test_one_switch(stage: str, switch: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("shape", [SMALL, Shape(64, 128, samples=3)], ids=["1", "3"])
-@pytest.mark.parametrize("conv", ["builtin", "own", "all"])
+@pytest.mark.parametrize("conv", ["builtin", "own"])
 @pytest.mark.parametrize("stage", ["control", "unet_encoder", "unet_decoder", "unet_decoder_cond"])
 def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any, shape: Shape) -> None:
     """What they get and what is done with it, the plugins themselves being spelt out."""
@@ -225,7 +225,7 @@ def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any
     check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", residual="own", conv=conv))
     gates, blocks = added.count("CannyGeglu"), added.count("CannyAttention") // 2
     assert blocks and added.count("CannyLayerNorm") == 3 * blocks
-    assert gates == (0 if shape == SMALL else gates) <= blocks if conv == "all" else gates == blocks
+    assert gates == blocks if conv == "builtin" else gates == 0 if shape == SMALL else 0 < gates <= blocks
     assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 3) == (conv != "builtin")
     assert conv != "builtin" or ("CannyAdd" in added) == ("decoder" not in stage)
     assert ("CannyJoinNorm" in added) == ("decoder" in stage) and "CannyJoin" not in added
@@ -302,7 +302,7 @@ def test_weights_one_after_the_other_must_fit() -> None:
 def test_layer_norms_in_our_convolutions(monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape, qkv: Any) -> None:
     """All of them where every convolution is small enough, else those of the deeper maps."""
     added = plugin_stand_ins.use(monkeypatch)
-    check(stage, "tiny", shape, Options("fp32", attention="own", qkv=qkv, conv="all", layer_norm="folded"))
+    check(stage, "tiny", shape, Options("fp32", attention="own", qkv=qkv, conv="own", layer_norm="folded"))
     norms, all_of_them = added.count("CannyLayerNorm"), 3 * added.count("CannyAttention") // 2
     assert norms == 0 if shape == SMALL else 0 < norms < all_of_them
 

@@ -82,7 +82,7 @@ def parser() -> Parser:
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
-    add("--conv", choices=("auto", "builtin", "own", "all"), default="auto", help="of small maps (%(default)s)")
+    add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
     add("--layer-norm", choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
@@ -225,7 +225,7 @@ def switches(options: argparse.Namespace, flavour: Flavour, capability: str | No
 
     attention = usual(options.attention, "fused")
     conv = usual(options.conv, "builtin", own and capability == CONV_CAPABILITY)
-    folds = attention == "own" and conv != "builtin"
+    folds = attention == conv == "own"
     return Options(
         options.precision, attention, options.qkv, not options.no_shared_prefix,
         options.boundary, usual(options.residual, "fused"), usual(options.group_norm, "auto"),
