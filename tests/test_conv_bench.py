@@ -3,6 +3,7 @@
 import ctypes
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,8 +99,9 @@ def test_it_measures_and_checks(
 def test_the_layer_norms_of_sd15() -> None:
     """One before each of three layers of a transformer, of which Q, K and V may be apart: all are ours."""
     config, shape = ModelConfig.load("sd15"), Shape(256, 384)
-    for layer_norm, qkv, norms in (("folded", "joined", 69), ("folded", "apart", 115), ("apart", "joined", 0)):
-        options = Options(attention="own", qkv=qkv, conv="own", layer_norm=layer_norm)
+    own = Options(attention="own", conv="own")
+    folded = replace(own, layer_norm="folded")
+    for options, norms in ((folded, 69), (replace(folded, qkv="apart"), 115), (own, 0)):
         with_norm = {one: n for one, n in bench.convolutions(config, shape, options).items() if one.norm}
         assert sum(with_norm.values()) == norms and all(bench.is_ours(one, options) for one in with_norm)
 
@@ -117,12 +119,11 @@ def test_the_second_maps_of_sd15() -> None:
 
 def test_the_gates_of_sd15() -> None:
     """One in each transformer, but where maps are too large, of batch 2 as the feed-forward has them."""
-    config = ModelConfig.load("sd15")
-    for conv, shape, gates in (
-        ("builtin", Shape(256, 384), 0), ("own", Shape(256, 384), 23), ("own", Shape(256, 384, samples=2), 16),
-        ("own", Shape(512, 512), 9),
+    config, small, own = ModelConfig.load("sd15"), Shape(256, 384), Options(conv="own")
+    for options, shape, gates in (
+        (Options(), small, 0), (own, small, 23), (own, Shape(256, 384, samples=2), 16), (own, Shape(512, 512), 9),
     ):  # fmt: skip
-        gated = {one: n for one, n in bench.convolutions(config, shape, Options(conv=conv)).items() if one.gate}
+        gated = {one: n for one, n in bench.convolutions(config, shape, options).items() if one.gate}
         assert sum(gated.values()) == gates and all(one.batch == shape.batch for one in gated)
 
 

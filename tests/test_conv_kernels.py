@@ -27,6 +27,10 @@ SHAPES = [
 ]  # fmt: skip
 WIDE = Conv(2, 320, 9, 14, 512, 1, residual_batch=1, norm=True, cluster=1, high=128, wide=256, epsilon=0.1)
 ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=5, high=128, wide=64)
+TALL = Conv(2, 192, 9, 13, 64, cluster=1)
+NORMED = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
+IN_BOTH = Conv(2, 128, 9, 13, 64, second=320, cluster=3, high=64)
+GATED = [replace(WIDE, residual_batch=0, filters=256, gate=True, cluster=cluster) for cluster in (3, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +59,16 @@ def test_every_kernel(emulator: Any, height: int, wide: int) -> None:
     assert error(*emulate(emulator, conv, order=2)) < 1e-3
 
 
-@pytest.mark.parametrize("residual", [0, 1, 2])
-@pytest.mark.parametrize("cluster", [1, 3, 8])
-@pytest.mark.parametrize("norm", [False, True])
+def slow_unless(usual: bool, *given: Any) -> Any:
+    """Parameters that the usual run has, or that it leaves out."""
+    return pytest.param(*given, marks=[] if usual else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("norm", "cluster", "residual"),
+    [slow_unless((norm + i + residual) % 3 == 0, norm, cluster, residual)
+     for norm, (i, cluster), residual in product((False, True), enumerate((1, 3, 8)), range(3))],
+)  # fmt: skip
 @pytest.mark.parametrize("high", [64, 128])
 @pytest.mark.parametrize("wide", [192, 256])
 def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: int, residual: int) -> None:
@@ -67,8 +78,11 @@ def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: in
     assert error(*emulate(emulator, conv, order=(cluster + residual) % 3)) < 1e-3
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 3, 8])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "cluster"),
+    [slow_unless(cluster in (1, 8 if norm else 3), norm, cluster)
+     for norm, cluster in product((False, True), (0, 1, 3, 8))],
+)  # fmt: skip
 @pytest.mark.parametrize(("wide", "high"), [(64, 64), (128, 64), (128, 128), (192, 128), (256, 64), (256, 128)])
 def test_a_gate(emulator: Any, wide: int, high: int, norm: bool, cluster: int) -> None:
     conv = Conv(2, 576, 9, 8, 2 * wide, 1, norm=norm, cluster=cluster, high=high, wide=wide, gate=True)
@@ -80,8 +94,9 @@ def test_the_shapes_of_sd15_with_fewer_filters(emulator: Any) -> None:
     """As long products as a step has, in the cut that the whole shape would have."""
     config, shape = ModelConfig.load("sd15"), Shape(256, 384)
     own = Options(attention="own", conv="own")
-    folded, every = (replace(own, layer_norm="folded", **more) for more in ({"qkv": "apart"}, {"conv": "all"}))
-    for conv in set().union(*(convolutions(config, shape, one) for one in (Options(), own, folded, every))):
+    folded = replace(own, layer_norm="folded")
+    every = (Options(), own, folded, replace(folded, qkv="apart"))
+    for conv in set().union(*(convolutions(config, shape, one) for one in every)):
         plan = conv.plan(emulator)
         if conv.rows > 768 or plan is None:
             continue
@@ -230,14 +245,13 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, str]) -> None:
     library = mistaken(tmp_path, *mistake)
-    tall = Conv(2, 192, 9, 13, 64, cluster=1)
-    assert not all(right(library, conv, order) for conv in (ONE, tall) for order in (0, 1, 2))
+    assert not all(right(library, conv, order) for conv in (ONE, TALL) for order in (0, 1, 2))
 
 
-def mistaken(folder: Path, find: str, put: str) -> Any:
-    """The kernels with a mistake in the one file that has what is to be replaced."""
-    (file,) = (path.name for path in KERNELS.iterdir() if find in path.read_text())
-    return compile_mistaken(folder, KERNELS, SOURCE, find, put, file)
+def mistaken(folder: Path, find: str, put: str, *file: str, wide: int = 64) -> Any:
+    """The kernels of tiles so wide with a mistake, in a file or the one that has what is to be replaced."""
+    (name,) = file or (path.name for path in KERNELS.iterdir() if find in path.read_text())
+    return compile_mistaken(folder, KERNELS, SOURCE, find, put, name, f"-O1 -DEMULATE_WIDE={wide}")
 
 
 def right(library: Any, conv: Conv, order: int) -> bool:
@@ -263,8 +277,7 @@ NORM_MISTAKES = [
 @pytest.mark.parametrize("mistake", NORM_MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tuple[str, str]) -> None:
     library = mistaken(tmp_path, *mistake)
-    two_tiles = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
-    found = not all(right(library, two_tiles, order) for order in (0, 1, 2))
+    found = not all(right(library, NORMED, order) for order in (0, 1, 2))
     assert found or not is_finite_of_equal_numbers(library)
 
 
@@ -283,9 +296,8 @@ SECOND_MISTAKES = [
 @pytest.mark.parametrize("mistake", SECOND_MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes_with_a_second_map(tmp_path: Path, mistake: tuple[str, ...]) -> None:
     *file, find, put = mistake
-    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, *file)
-    inside_both = Conv(2, 128, 9, 13, 64, second=320, cluster=3, high=64)
-    assert not all(right(library, replace(inside_both, cluster=cluster), 0) for cluster in (1, 3, 8))
+    library = mistaken(tmp_path, find, put, *file)
+    assert not all(right(library, replace(IN_BOTH, cluster=cluster), 0) for cluster in (1, 3, 8))
 
 
 WIDE_MISTAKES = [
@@ -300,7 +312,7 @@ WIDE_MISTAKES = [
 
 @pytest.mark.parametrize("mistake", WIDE_MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes_in_wide_tiles(tmp_path: Path, mistake: tuple[str, str]) -> None:
-    library = mistaken(tmp_path, *mistake)
+    library = mistaken(tmp_path, *mistake, wide=256)
     assert not all(right(library, WIDE, order) for order in (0, 1))
 
 
@@ -314,9 +326,20 @@ GATE_MISTAKES = [
 
 @pytest.mark.parametrize("mistake", GATE_MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes_in_a_gate(tmp_path: Path, mistake: tuple[str, str]) -> None:
-    library = mistaken(tmp_path, *mistake)
-    alone = replace(WIDE, residual_batch=0, gate=True)
-    assert not (right(library, alone, 1) and right(library, replace(alone, cluster=3, filters=256, wide=128), 0))
+    library = mistaken(tmp_path, *mistake, wide=256)
+    assert not all(right(library, conv, order) for order, conv in enumerate(GATED))
+
+
+def test_without_mistakes_all_of_these_are_right(tmp_path: Path) -> None:
+    """With no more kernels than were compiled above."""
+    for wide, convs in (64, [ONE, TALL, NORMED, IN_BOTH]), (256, [WIDE, *GATED]):
+        optimise = f"-O1 -DEMULATE_WIDE={wide}"
+        (folder := tmp_path / str(wide)).mkdir()
+        library = compile_emulator(folder, KERNELS, SOURCE, optimise)
+        assert all(right(library, conv, order) for conv in convs for order in (0, 1))
+        assert wide != 64 or all(right(library, replace(IN_BOTH, cluster=cluster), 0) for cluster in (1, 8))
+        assert wide != 64 or is_finite_of_equal_numbers(library)
+        assert not right(library, replace(ONE, wide=128), 0)
 
 
 def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None:
