@@ -25,12 +25,12 @@ SHAPES = [
     Conv(4, 64, 7, 5, 64, size=1, stride=2), Conv(2, 64, 9, 13, 64), Conv(2, 640, 9, 13, 128, size=1),
     Conv(1, 128, 16, 24, 64), Conv(2, 64, 16, 24, 64, stride=2),
 ]  # fmt: skip
-WIDE = Conv(2, 320, 9, 14, 512, 1, residual_batch=1, norm=True, cluster=1, high=128, wide=256, epsilon=0.1)
+WIDE = Conv(2, 192, 9, 8, 512, 1, residual_batch=1, norm=True, cluster=1, high=128, wide=256, epsilon=0.1)
 ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=5, high=128, wide=64)
 TALL = Conv(2, 192, 9, 13, 64, cluster=1)
 NORMED = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
 IN_BOTH = Conv(2, 128, 9, 13, 64, second=320, cluster=3, high=64)
-GATED = [replace(WIDE, residual_batch=0, filters=256, gate=True, cluster=cluster) for cluster in (3, 1)]
+GATED = [replace(WIDE, residual_batch=0, gate=True, cluster=cluster) for cluster in (3, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ SECONDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("cluster", [0, 1, 3, 8])
 @pytest.mark.parametrize("conv", SECONDS, ids=str)
 def test_a_second_map(emulator: Any, conv: Conv, cluster: int) -> None:
     conv = replace(conv, cluster=min(cluster, (conv.size**2 * conv.channels + conv.second) // 64))
@@ -204,6 +204,11 @@ def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Con
         assert first.tobytes() == again.tobytes(), order
 
 
+def alike(*mistakes: tuple[str, ...]) -> list[Any]:
+    """Mistakes that are found as others are, which the usual run leaves out."""
+    return [slow_unless(False, one) for one in mistakes]
+
+
 MISTAKES = [
     ("__syncthreads();  // barriers and zeros", "// barriers and zeros"),
     ("__syncthreads();  // the sums", "// the sums"),
@@ -218,27 +223,23 @@ MISTAKES = [
     ("ring.wait_empty();\n            uint32_t barrier = ring.full + 8 * ring.place;\n            const",
      "uint32_t barrier = ring.full + 8 * ring.place;\n            const"),
     ("(turn - 1) & 1", "turn & 1"),
-    ("barrier_wait(full + 8 * place, turn & 1)", "barrier_wait(full + 8 * place, 0)"),
     ("products_begin();", ""),
-    ("products_wait<0>();", ""),
     ("products_wait<1>();", "products_wait<2>();"),
     ("unit > first) barrier_arrive(ring.empty + 8 * before)", "true) barrier_arrive(ring.empty + 8 * ring.place)"),
     ("step(a[1], a[0], unit + 1)", "step(a[1], a[1], unit + 1)"),
     ("pick(after, row, x_ring.place", "pick(after, row, 0"),
     ("barrier_expect(barrier, kUnit * sizeof(__half))", "barrier_expect(barrier, kUnit)"),
     ("positions_ring().begin(1, ", "positions_ring().begin(2, "),
-    ("if (lane == 0 && unit > first)", "if (lane <= 1 && unit > first)"),
     ("b + 2 * k", "b + 4 * k"),
     ("cluster_read_4(row + column + 4 * k, other)", "cluster_read_4(row + column + 4 * k, other * 0)"),
     ("rank + from + i - p.cluster;", "rank;"),
-    ("int from = 0; from < kConvMostCluster", "int from = 0; from < 4"),
-    ("2 | (to.x > 0)", "3"), ("to.x * stride + 1 < p.call.width", "true"), ("to.y > 0", "true"),
-    ("wait_for_previous();", ""),
-    ("barriers_begun();", ""),
+    ("2 | (to.x > 0)", "3"), ("wait_for_previous();", ""), ("barriers_begun();", ""),
     ("kEightRows = 1024 / 16", "kEightRows = 512 / 16"),
-    ("kSwizzle128 = 1", "kSwizzle128 = 2"),
-    ("kConvAlign = 1024", "kConvAlign = 512"),
     ("conv_position(p, last_row).at + border + 1", "conv_position(p, last_row).at + 1"),
+    *alike(("barrier_wait(full + 8 * place, turn & 1)", "barrier_wait(full + 8 * place, 0)"),
+        ("products_wait<0>();", ""), ("if (lane == 0 && unit > first)", "if (lane <= 1 && unit > first)"),
+        ("to.x * stride + 1 < p.call.width", "true"), ("to.y > 0", "true"), ("kSwizzle128 = 1", "kSwizzle128 = 2"),
+        ("kConvAlign = 1024", "kConvAlign = 512"), ("from = 0; from < kConvMostCluster", "from = 0; from < 4")),
 ]  # fmt: skip
 
 
@@ -262,15 +263,16 @@ def right(library: Any, conv: Conv, order: int) -> bool:
 
 
 NORM_MISTAKES = [
-    ("moments.add(a[0]);", ""), ("moments.add(after);", ""), ("moments.add(after);", "moments.add(mine);"),
-    ("x[i / 2 % 2] += value", "x[i % 2] += value"),
+    ("moments.add(a[0]);", ""), ("moments.add(after);", "moments.add(mine);"),
     ("squares[i / 2 % 2] += value * value", "squares[0] += value * value"),
     ("mask <= 2; mask *= 2) sum", "mask <= 1; mask *= 2) sum"), ("(row + 8 * i) * kSumsPitch", "row * kSumsPitch"),
     ("cluster_read_2(row + kWide, other)", "cluster_read_2(row + kWide, rank)"),
-    ("moments[1] += more[i].y", "moments[1] = more[i].y"),
-    ("fmaxf(square - mean * mean, 0.f)", "square"), ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
-    ("mean * piece.weight_sums.value[k]", "mean"), ("c.weight_sums + filter", "c.weight_sums"),
-    ("+ p.call.epsilon)", ")"), ("piece.bias.value[k] += norm", "piece.bias.value[k] = norm"),
+    ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
+    ("mean * piece.weight_sums.value[k]", "mean"), ("+ p.call.epsilon)", ")"),
+    ("piece.bias.value[k] += norm", "piece.bias.value[k] = norm"),
+    *alike(("moments.add(after);", ""), ("x[i / 2 % 2] += value", "x[i % 2] += value"),
+        ("moments[1] += more[i].y", "moments[1] = more[i].y"), ("c.weight_sums + filter", "c.weight_sums"),
+        ("fmaxf(square - mean * mean, 0.f)", "square")),
 ]  # fmt: skip
 
 
@@ -282,14 +284,14 @@ def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tu
 
 
 SECOND_MISTAKES = [
-    ("min(unit, p.x_units)", "unit"), ("|| unit >= p.x_units", ""), ("unit + 1 < p.x_units ? 0 : p.taps / 2", "0"),
+    ("min(unit, p.x_units)", "unit"), ("unit + 1 < p.x_units ? 0 : p.taps / 2", "0"),
     ("first < p.x_units ? first - part_of(first) * p.taps : p.taps / 2", "first - part_of(first) * p.taps"),
-    ("part < parts", "part <= parts"), ("ahead / kConvEight * kConvEight", "0"),
-    ("first_row - ahead % kConvEight", "first_row"),
-    ("work.second,\n", "work.x,\n"), ("(part - parts) * kConvDeep", "part * kConvDeep"),
+    ("part < parts", "part <= parts"), ("first_row - ahead % kConvEight", "first_row"), ("work.second,\n", "work.x,\n"),
     ("p.x_boxes * p.x_box : p.second_box", "p.x_boxes * p.x_box : p.x_boxes * p.x_box"),
     ("plan.h", "high + kConvEight - 1", "high - kConvEight"),
-    ("plan.h", "p.x_units + call.second_channels / kConvDeep", "p.x_units"),
+    *alike(("|| unit >= p.x_units", ""), ("ahead / kConvEight * kConvEight", "0"),
+        ("(part - parts) * kConvDeep", "part * kConvDeep"),
+        ("plan.h", "p.x_units + call.second_channels / kConvDeep", "p.x_units")),
 ]  # fmt: skip
 
 
@@ -303,10 +305,9 @@ def test_the_emulator_finds_mistakes_with_a_second_map(tmp_path: Path, mistake: 
 WIDE_MISTAKES = [
     ("(high ? low : up) = theirs;", "up = theirs;"),
     ("words[mask == 1 ? 2 * i : i]", "words[i]"), ("if (row < p.rows) store_words", "store_words"),
-    ("eight * 4 + i % 2 * 2", "eight * 4"), ("at, norms[i % 2]", "at, norms[0]"),
-    ("filter = first_filter + eight * 8", "filter = eight * 8"),
-    ("moments.join();", ""),
-    ("if (direct) return __syncthreads();", ""), ("i < kWide / 64", "i < 2"),
+    ("eight * 4 + i % 2 * 2", "eight * 4"), ("filter = first_filter + eight * 8", "filter = eight * 8"),
+    ("moments.join();", ""), ("if (direct) return __syncthreads();", ""),
+    *alike(("at, norms[i % 2]", "at, norms[0]"), ("i < kWide / 64", "i < 2")),
 ]  # fmt: skip
 
 
@@ -317,10 +318,11 @@ def test_the_emulator_finds_mistakes_in_wide_tiles(tmp_path: Path, mistake: tupl
 
 
 GATE_MISTAKES = [
-    ("at + 4, norms", "at + 2, norms"), ("filter + 8);", "filter);"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
+    ("filter + 8);", "filter);"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
     ("(first_filter >> kGate)", "first_filter"), ("ask(b, piece.at + 1);", "ask(b, piece.at);"),
-    ("y[k] *= gelu(b.bias.value[k])", "y[k] *= b.bias.value[k]"), ("threadIdx.x) << p.", "threadIdx.x) << 2 * p."),
+    ("y[k] *= gelu(b.bias.value[k])", "y[k] *= b.bias.value[k]"),
     ("(first_filter + column) >> gate", "first_filter + column"),
+    *alike(("at + 4, norms", "at + 2, norms"), ("threadIdx.x) << p.", "threadIdx.x) << 2 * p.")),
 ]  # fmt: skip
 
 
