@@ -91,18 +91,20 @@ def of_blocks(
 
 def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Iterator[Conv]:
     """Those of a SpatialTransformer, of which the first is given: cond and uncond part in it."""
-    c, before, norm = plain.channels, plain.batch, options.layer_norm == "folded"
-    gate = is_ours(replace(plain, batch=batch, filters=8 * c), options)
+    c, before = plain.channels, plain.batch
+
+    def normed(one: Conv) -> Conv:
+        return replace(one, norm=options.layer_norm == "folded" and is_ours(one, options))
+
     yield plain
     for i in range(depth):
-        yield from (
-            [replace(plain, norm=norm)] * 3 if options.qkv == "apart" else [replace(plain, filters=3 * c, norm=norm)]
-        )
+        yield from [normed(plain)] * 3 if options.qkv == "apart" else [normed(replace(plain, filters=3 * c))]
         yield replace(plain, residual_batch=plain.batch)
-        yield replace(plain, norm=norm)
+        yield normed(plain)
         was, plain = plain.batch, replace(plain, batch=batch)
         yield replace(plain, residual_batch=was)
-        yield replace(plain, filters=8 * c, norm=norm, gate=gate)
+        wide = normed(replace(plain, filters=8 * c))
+        yield replace(wide, gate=is_ours(wide, options))
         back = replace(plain, channels=4 * c, residual_batch=batch)
         out = replace(plain, residual_batch=before)
         yield from [back] if i < depth - 1 else of_both(back, out, before, options)

@@ -97,11 +97,13 @@ def test_it_measures_and_checks(
 
 
 def test_the_layer_norms_of_sd15() -> None:
-    """One before each of three layers of a transformer, of which Q, K and V may be apart: all are ours."""
-    config, shape = ModelConfig.load("sd15"), Shape(256, 384)
+    """One before each of three layers of a transformer, of which Q, K and V may be apart, where they are ours."""
+    config, small, large = ModelConfig.load("sd15"), Shape(256, 384), Shape(512, 512)
     own = Options(attention="own", conv="own")
     folded = replace(own, layer_norm="folded")
-    for options, norms in ((folded, 69), (replace(folded, qkv="apart"), 115), (own, 0)):
+    for options, shape, norms in (
+        (folded, small, 69), (replace(folded, qkv="apart"), small, 115), (own, small, 0), (folded, large, 45),
+    ):  # fmt: skip
         with_norm = {one: n for one, n in bench.convolutions(config, shape, options).items() if one.norm}
         assert sum(with_norm.values()) == norms and all(bench.is_ours(one, options) for one in with_norm)
 
