@@ -390,17 +390,8 @@ def test_the_library_runs_without_tensorrt(adapter: tuple[Path, Path]) -> None:
 def test_the_command_says_what_it_did(adapter: tuple[Path, Path]) -> None:
     library, headers = adapter
     flavour = "8.6" if library.stem.endswith("trt8") else "10+"
-    arguments = [
-        "build",
-        "--flavour",
-        flavour,
-        "--arch",
-        "sm90",
-        "--include",
-        str(headers),
-        "--output",
-        str(library.parent),
-    ]
+    arguments = ["build", *f"--flavour {flavour} --arch sm90 --include".split(), str(headers)]
+    arguments += ["--output", str(library.parent)]
     done = subprocess.run([sys.executable, "-m", "plugins", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{library} fits already.\n")
     listed = [sys.executable, "-m", "plugins", "list", "--output", str(library.parent)]
