@@ -4,7 +4,7 @@
 
 #include "kernel.cuh"
 
-#ifdef EMULATE_WIDE  // only the kernels of tiles so wide: the rest takes most of the time that compiling takes
+#ifdef EMULATE_WIDE  // only kernels of tiles so wide, with or without a LayerNorm: to compile the rest takes longest
 namespace canny {
 #define NONE(groups, wide, norm)                      \
     template <>                                       \
@@ -26,6 +26,8 @@ NONE_SO_WIDE(128)
 NONE_SO_WIDE(256)
 #endif
 NONE_SO_WIDE(192)
+NONE(1, EMULATE_WIDE, !EMULATE_NORM)
+NONE(2, EMULATE_WIDE, !EMULATE_NORM)
 }  // namespace canny
 #endif
 

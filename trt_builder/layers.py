@@ -357,8 +357,7 @@ def group_norm(
     if plugin:
         inputs = [x, *scale_and_bias(net, channels)]
         if plugin == "builtin":
-            name = "/".join(net.path)
-            return net.add(net.flavour.add_built_in(net.network, inputs, name, eps, with_silu))
+            return net.add(net.flavour.add_built_in(net.network, inputs, "/".join(net.path), eps, with_silu))
         inputs += [] if row is None else [row]
         return own(net, GROUP_NORM, inputs, groups=groups, silu=int(with_silu), row=int(row is not None), epsilon=eps)
     per_channel = net.flavour.normalization == "add_normalization_v2"
