@@ -7,8 +7,7 @@ make them come from memory, as in a step, each waiting for the one before it.
   python -m bench.conv --check      each shape once against float64, in every cut; for compute-sanitizer, too
   python -m bench.conv --sweep      every likely cut of each shape: blocks of a cluster, rows and filters of a tile
   python -m bench.conv --builtin    and TensorRT's own: an engine of several, without the residual (a build of each)
-  python -m bench.conv --layer-norm folded --qkv apart    those of engines that were built so
-  python -m bench.conv --conv all   those of engines that were built so: with the gate of GEGLU in its first product
+  python -m bench.conv --layer-norm apart --qkv apart     those of engines that were built so
   python -m bench.conv --plan       no GPU: how each shape is cut, and what it is predicted to take
 """
 
@@ -38,7 +37,7 @@ from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, conv
-from trt_builder.plugin_layers import conv_chosen
+from trt_builder.plugin_layers import conv_wins
 from trt_builder.weights import Weights
 
 CACHED = 200 << 20  # bytes of weights that a cache cannot hold: four times an H200's 50 MB
@@ -92,18 +91,20 @@ def of_blocks(
 
 def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Iterator[Conv]:
     """Those of a SpatialTransformer, of which the first is given: cond and uncond part in it."""
-    c, before, norm = plain.channels, plain.batch, options.layer_norm == "folded"
-    gate = conv_chosen(options.conv, batch * plain.height * plain.width, (8 * c, c, 1, 1))
+    c, before = plain.channels, plain.batch
+
+    def normed(one: Conv) -> Conv:
+        return replace(one, norm=options.layer_norm == "folded" and is_ours(one, options))
+
     yield plain
     for i in range(depth):
-        yield from (
-            [replace(plain, norm=norm)] * 3 if options.qkv == "apart" else [replace(plain, filters=3 * c, norm=norm)]
-        )
+        yield from [normed(plain)] * 3 if options.qkv == "apart" else [normed(replace(plain, filters=3 * c))]
         yield replace(plain, residual_batch=plain.batch)
-        yield replace(plain, norm=norm)
+        yield normed(plain)
         was, plain = plain.batch, replace(plain, batch=batch)
         yield replace(plain, residual_batch=was)
-        yield replace(plain, filters=8 * c, norm=norm, gate=gate)
+        wide = normed(replace(plain, filters=8 * c))
+        yield replace(wide, gate=is_ours(wide, options))
         back = replace(plain, channels=4 * c, residual_batch=batch)
         out = replace(plain, residual_batch=before)
         yield from [back] if i < depth - 1 else of_both(back, out, before, options)
@@ -113,14 +114,16 @@ def of_both(first: Conv, other: Conv, residual_batch: int, options: Options) -> 
     """Two whose products are added: the first with the map of the other as its second and this residual, where our
     plugin does it, else each.
     """
-    one = replace(first, second=other.channels, residual_batch=residual_batch)
-    sizes = [(each.batch, each.channels, each.height, each.width) for each in (first, other)]
-    weights = [(each.filters, each.channels, each.size, each.size) for each in (first, other)]
-    ours = conv_chosen(options.conv, one.rows, weights[0])
-    if ours and all(has_conv_kernel(size, weight, 1) for size, weight in zip(sizes, weights, strict=True)):
-        yield one
+    if is_ours(first, options) and is_ours(other, options):
+        yield replace(first, second=other.channels, residual_batch=residual_batch)
     else:
         yield from (first, other)
+
+
+def is_ours(one: Conv, options: Options) -> bool:
+    """Whether a convolution is our plugin's where that can be had."""
+    shape, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size, one.size)
+    return options.conv == "own" and has_conv_kernel(shape, weight, one.stride) and conv_wins(one.rows, weight)
 
 
 def served(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
@@ -201,11 +204,11 @@ def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replay
 
 
 def measured(
-    library: Any, flavour: Flavour | None, counts: Counter[Conv], replays: int, sweep: bool, conv: str = "own"
+    library: Any, flavour: Flavour | None, counts: Counter[Conv], replays: int, sweep: bool
 ) -> Iterator[dict[str, Any]]:
     """A row for each shape, the longest first: its own cut, every cut with `sweep`, TensorRT's."""
     for one, count in sorted(counts.items(), key=lambda item: -item[1] * item[0].weights):
-        arrays, row = one.arrays(), facts(library, one, count, conv)
+        arrays, row = one.arrays(), facts(library, one, count)
         with rotated(library, one, arrays) as on_gpu:
             row["kernel"] = kernel_us(on_gpu, one, replays)
             tried = likely(one, library) if sweep else ()
@@ -215,11 +218,11 @@ def measured(
         yield row
 
 
-def facts(library: Any, one: Conv, count: int, conv: str = "own") -> dict[str, Any]:
+def facts(library: Any, one: Conv, count: int) -> dict[str, Any]:
     """What is known of a convolution before it is timed."""
     plan = one.plan(library)
     assert plan is not None
-    chosen = conv_chosen(conv, one.rows, (one.filters, one.channels, one.size, one.size))
+    chosen = conv_wins(one.rows, (one.filters, one.channels, one.size, one.size))
     return vars(one) | {"rows": one.rows, "count": count, "plan": vars(plan), "chosen": chosen}
 
 
@@ -264,8 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_shape(make)
     add("--rows", type=int, default=CONV_ROWS, help="positions of the largest map, batch times h times w (%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="(%(default)s)")
-    add("--conv", choices=("own", "all"), default="own", help="all: with the gate of GEGLU in them (%(default)s)")
-    add("--layer-norm", choices=("apart", "folded"), default="apart", help="folded: in convolutions (%(default)s)")
+    add("--layer-norm", choices=("apart", "folded"), default="folded", help="folded: in convolutions (%(default)s)")
     add("--replays", type=int, default=30, help="(%(default)s)")
     for name, what in (
         ("check", "no times: against float64"),
@@ -283,17 +285,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
-        switches = Options(attention="own", qkv=options.qkv, conv=options.conv, layer_norm=options.layer_norm)
+        switches = Options(attention="own", qkv=options.qkv, conv="own", layer_norm=options.layer_norm)
         counts = served(convolutions(ModelConfig.load(options.model), shape, switches), library, options.rows)
         if options.check:
             return checked(library, counts)
         if options.plan:
-            rows = [
-                facts(library, one, n, options.conv) | {"kernel": None, "builtin": None} for one, n in counts.items()
-            ]
+            rows = [facts(library, one, n) | {"kernel": None, "builtin": None} for one, n in counts.items()]
         else:
             flavour = get_flavour("tensorrt") if options.builtin else None
-            rows = list(measured(library, flavour, counts, options.replays, options.sweep, options.conv))
+            rows = list(measured(library, flavour, counts, options.replays, options.sweep))
     except (ValueError, OSError, EngineError) as why:
         print(f"bench.conv: {why}", file=sys.stderr)
         return 2

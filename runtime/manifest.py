@@ -30,10 +30,8 @@ TYPES: dict[str, tuple[type, ...]] = {
 SHAPE = {"height", "width", "samples", "steps"}
 LARGEST = 2**63  # of a number in a manifest, so that it can be computed with
 MOST = 1 << 20  # bytes of a manifest; a build writes some 3,000
-USUAL = {  # what a command line can leave out
-    "attention": "fused", "qkv": "joined", "boundary": "channels-last", "group_norm": "auto",
-    "layer_norm": "apart", "steps": 20,
-}  # fmt: skip
+# What a command line can leave out: other switches are "auto" there, which may be something else another time.
+USUAL = {"qkv": "joined", "boundary": "channels-last", "group_norm": "auto", "steps": 20}
 
 
 class EngineError(ValueError):

@@ -4,6 +4,33 @@
 
 #include "kernel.cuh"
 
+#ifdef EMULATE_WIDE  // only kernels of tiles so wide, with or without a LayerNorm: to compile the rest takes longest
+namespace canny {
+#define NONE(groups, wide, norm)                      \
+    template <>                                       \
+    void conv<groups, wide, norm>(const ConvWork) {   \
+        emulator::wrong("a kernel was not compiled"); \
+    }
+#define NONE_SO_WIDE(wide) \
+    NONE(1, wide, false)   \
+    NONE(2, wide, false)   \
+    NONE(1, wide, true)    \
+    NONE(2, wide, true)
+#if EMULATE_WIDE != 64
+NONE_SO_WIDE(64)
+#endif
+#if EMULATE_WIDE != 128
+NONE_SO_WIDE(128)
+#endif
+#if EMULATE_WIDE != 256
+NONE_SO_WIDE(256)
+#endif
+NONE_SO_WIDE(192)
+NONE(1, EMULATE_WIDE, !EMULATE_NORM)
+NONE(2, EMULATE_WIDE, !EMULATE_NORM)
+}  // namespace canny
+#endif
+
 // Do one convolution; 0, 1 where there is no kernel for it, 2 for what the emulator found wrong.
 extern "C" int emulate_conv(const CannyConv* call, int order) {
     try {

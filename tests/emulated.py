@@ -32,13 +32,15 @@ def compile_emulator(folder: Path, kernels: Path, source: str, optimise: str = "
     return open_library(library)
 
 
-def compile_mistaken(folder: Path, kernels: Path, source: str, find: str, put: str, file: str = "kernel.cuh") -> Any:
+def compile_mistaken(
+    folder: Path, kernels: Path, source: str, find: str, put: str, file: str = "kernel.cuh", optimise: str = "-O1"
+) -> Any:
     """The same with `find`, which stands once in a file of theirs, replaced."""
     changed = shutil.copytree(PLUGINS, folder / "plugins", ignore=shutil.ignore_patterns("lib")) / kernels.name
     text = (changed / file).read_text()
     assert text.count(find) == 1, f"{find!r} is not once in {file}"
     (changed / file).write_text(text.replace(find, put))
-    return compile_emulator(folder, changed, source, "-O1")
+    return compile_emulator(folder, changed, source, optimise)
 
 
 def between_guards(

@@ -10,7 +10,7 @@ from plugins import load as loading
 from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM, UPDATE
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
-from trt_builder.plugin_layers import conv_chosen
+from trt_builder.plugin_layers import conv_wins
 from trt_builder.random_weights import random_weights
 from trt_builder.stages import define
 from trt_builder.weights import Weights, expected_shapes
@@ -50,7 +50,7 @@ def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: An
     rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
     served = rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
     beside = not second or (stride == 1 and not second % 32)
-    return served and beside and conv_chosen(options.conv, rows, weight)
+    return options.conv == "own" and served and beside and conv_wins(rows, weight)
 
 
 def out(layer: Any) -> Any:

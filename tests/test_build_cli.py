@@ -112,13 +112,13 @@ def test_every_switch_and_the_definition_change_the_key(engines, monkeypatch):
     for change in ({"attention": "plain"}, {"qkv": "apart"}, {"shared_prefix": False}, {"precision": "fp32"}):
         keys.add(building.stage_key(dataclasses.replace(request, options=cli.Options(**change)), "control"))
     own = {"attention": "own", "conv": "own"}
-    for change in (own, own | {"layer_norm": "folded"}, own | {"conv": "all"}):
+    for change in (own, own | {"layer_norm": "folded"}):
         keys.add(building.stage_key(dataclasses.replace(request, options=cli.Options(**change)), "control"))
     for change in ({"version": "9"}, {"flavour": "x"}, {"targets": ["sm86"]}, {"weights_sha256": "0"}, {"gpu": "x"}):
         changed = dataclasses.replace(manifest, **change)
         keys.add(building.stage_key(dataclasses.replace(request, manifest=changed), "control"))
     monkeypatch.setattr(building, "definition_sha", lambda: "other sources")
-    assert len(keys | {building.stage_key(request, "control")}) == 14
+    assert len(keys | {building.stage_key(request, "control")}) == 13
 
 
 def test_a_changed_plan_is_built_again(run, tmp_path):
@@ -258,16 +258,17 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
 
     def chosen(capability, *asked):
         made = cli.switches(cli.parser().parse_args(["build", *asked]), flavour, capability)
-        assert made.layer_norm == ("folded" if "folded" in asked else "apart")  # "auto" never folds
+        folds = made.attention == made.conv == "own" and "apart" not in asked
+        assert made.layer_norm == ("folded" if folds else "apart")
         return made.attention, made.residual, made.group_norm, made.conv
 
     assert chosen("9.0") == ("own",) * 4 and chosen("8.6") == ("own", "own", "own", "builtin")
-    assert chosen("9.0", "--layer-norm", "folded") == ("own",) * 4
+    for layer_norm in ("folded", "apart"):
+        assert chosen("9.0", "--layer-norm", layer_norm) == ("own",) * 4
     with pytest.raises(ValueError, match="layer_norm is 'folded'"):
         chosen("8.6", "--layer-norm", "folded")
     assert chosen("9.0", "--attention", "plain", "--conv", "builtin") == ("plain", "own", "own", "builtin")
     assert chosen("8.9") == ("fused", "fused", "auto", "builtin") and chosen("8.9", "--conv", "own")[-1] == "own"
-    assert chosen("9.0", "--conv", "all", "--layer-norm", "folded") == ("own", "own", "own", "all")
     assert not dataclasses.replace(flavour, strongly_typed=True).plugins_win("fp16", "9.0")
 
     def missing(version):

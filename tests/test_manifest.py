@@ -82,7 +82,7 @@ def test_the_command_that_it_advises_builds_the_same(folder):
     edit(folder, lambda c: c["shape"].update(steps=10))
     words = Manifest.load(folder).command()
     assert "--target sm86,sm89 --weights 'my weights.safetensors'" in words and "--qkv" not in words
-    assert "--steps 10 --precision fp16 --attention plain --no-shared-prefix" in words
+    assert "--steps 10 --precision fp16 --attention plain --layer-norm apart --no-shared-prefix" in words
 
 
 def test_a_plan_that_the_manifest_does_not_list_is_refused(folder):

@@ -3,8 +3,6 @@
 The weights are random and none is zero, so that no branch hides: a trained ControlNet's zero convolutions would.
 """
 
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +20,9 @@ from cldm.model import create_model
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed: no network can be defined")
 
-import plugin_stand_ins  # noqa: E402
-
-from plugins.load import fold_norm  # noqa: E402
 from trt_builder import stages  # noqa: E402
 from trt_builder.config import ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import get_flavour  # noqa: E402
-from trt_builder.layers import Net  # noqa: E402
-from trt_builder.unet import one_after_the_other  # noqa: E402
 from trt_builder.weights import Weights  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,114 +207,6 @@ def test_half_precision_has_the_same_graph(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["clip", "control", "unet_encoder", "unet_decoder", "vae_decoder"])
 def test_one_switch(stage: str, switch: Mapping[str, Any]) -> None:
     check(stage, "tiny", SMALL, Options("fp32", **switch))
-
-
-@pytest.mark.parametrize("shape", [SMALL, Shape(64, 128, samples=3)], ids=["1", "3"])
-@pytest.mark.parametrize("conv", ["builtin", "own", "all"])
-@pytest.mark.parametrize("stage", ["control", "unet_encoder", "unet_decoder", "unet_decoder_cond"])
-def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any, shape: Shape) -> None:
-    """What they get and what is done with it, the plugins themselves being spelt out."""
-    added = plugin_stand_ins.use(monkeypatch)
-    check(stage, "tiny", shape, Options("fp32", attention="own", group_norm="own", residual="own", conv=conv))
-    gates, blocks = added.count("CannyGeglu"), added.count("CannyAttention") // 2
-    assert blocks and added.count("CannyLayerNorm") == 3 * blocks
-    assert gates == (0 if shape == SMALL else gates) <= blocks if conv == "all" else gates == blocks
-    assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 3) == (conv != "builtin")
-    assert conv != "builtin" or ("CannyAdd" in added) == ("decoder" not in stage)
-    assert ("CannyJoinNorm" in added) == ("decoder" in stage) and "CannyJoin" not in added
-    assert added.count("CannyUpdate") == ("decoder" in stage)
-
-
-def test_joins_without_our_group_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = plugin_stand_ins.use(monkeypatch)
-    check("unet_decoder", "tiny", SMALL, Options("fp32", residual="own"))
-    assert "CannyJoin" in added and "CannyJoinNorm" not in added
-
-
-def test_our_plugins_alone_read_the_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No layer of TensorRT's stands between the scales and the residuals, nor puts one on the middle block's output."""
-    lines: list[int] = []
-
-    def join(network: Any, *inputs: Any, index: int, x_index: int) -> Any:
-        assert inputs[3].name == "scales" and inputs[2].name == f"residual{index}"
-        assert x_index < 0 or [inputs[0].name, inputs[4].name] == ["middle", f"residual{x_index}"]
-        lines.extend(line for line in (x_index, index) if line >= 0)
-        return plugin_stand_ins.join(network, *inputs, index=index, x_index=x_index)
-
-    plugin_stand_ins.use(monkeypatch)
-    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyJoin", join)
-    for stage in ("unet_decoder", "unet_decoder_cond"):
-        defined = Defined(stage, "tiny", SMALL, Options("fp32", residual="own"), arrays("tiny"))
-        assert lines == list(reversed(range(len(lines)))) and len(lines) > 4
-        names = [layer.name for layer in defined.layers]
-        assert not [name for name in names if re.search(r":(scales|scale\d+|add_residual\d+)$", name)]
-        lines.clear()
-
-
-def test_which_convolutions_take_a_second_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shortcut, and the way back from a feed-forward before the one out of its transformer, whose residual may have
-    half of the batch; where they are too large each is on its own.
-    """
-    plugin_stand_ins.use(monkeypatch)
-    found: Counter[tuple[int, int, int]] = Counter()  # by size, batch and that of the residual
-
-    def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, **fields: int) -> Any:
-        if fields["second"]:
-            found[fields["size"], x.shape[0], rest[1].shape[0] if fields["residual"] else 0] += 1
-        return plugin_stand_ins.conv(network, x, weight, bias, *rest, **fields)
-
-    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", conv)
-    small = {(3, 1, 0): 1, (3, 2, 0): 1, (1, 2, 1): 1, (1, 2, 2): 2}
-    wide = {(3, 1, 0): 1, (3, 2, 0): 1, (1, 2, 2): 2}
-    for stage, shape, expected in (
-        ("unet_encoder", SMALL, small), ("unet_encoder", Shape(64, 128), wide),
-        ("unet_decoder", SMALL, {(3, 2, 0): 6, (1, 2, 2): 4}),
-    ):  # fmt: skip
-        found.clear()
-        check(stage, "tiny", shape, Options("fp32", attention="own", conv="own"))
-        assert found == expected
-
-
-def test_weights_one_after_the_other_must_fit() -> None:
-    given = {"a.weight": np.full((64, 256), 30.0), "a.bias": np.ones(64), "b.bias": np.full(64, 0.5)}
-    for size, fits in ((1.0, True), (60.0, False)):
-        weights = Weights.from_dict(given | {"b.weight": np.full((64, 64, 1, 1), size)})
-        net = Net(None, get_flavour("tensorrt_rtx"), weights, Options(), "", "", np.float16)  # type: ignore[arg-type]
-        if fits:
-            weight, bias = one_after_the_other(net.at("a"), net.at("b"))
-            assert weight.shape == (64, 256, 1, 1) and weight.dtype == np.float16 and (weight == 64 * 30).all()
-            assert bias.dtype == np.float32 and (bias == 64.5).all()
-            continue
-        with pytest.raises(ValueError, match="weight of b times that before it is too large for float16: use --conv"):
-            one_after_the_other(net.at("a"), net.at("b"))
-
-
-@pytest.mark.parametrize("qkv", ["joined", "apart"])
-@pytest.mark.parametrize("shape", [SMALL, Shape(64, 128, samples=1, steps=3)], ids=["64", "128"])
-@pytest.mark.parametrize("stage", ["control", "unet_encoder", "unet_decoder"])
-def test_layer_norms_in_our_convolutions(monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape, qkv: Any) -> None:
-    """All of them where every convolution is small enough, else those of the deeper maps."""
-    added = plugin_stand_ins.use(monkeypatch)
-    check(stage, "tiny", shape, Options("fp32", attention="own", qkv=qkv, conv="all", layer_norm="folded"))
-    norms, all_of_them = added.count("CannyLayerNorm"), 3 * added.count("CannyAttention") // 2
-    assert norms == 0 if shape == SMALL else 0 < norms < all_of_them
-
-
-def test_attention_of_our_plugins_with_q_k_and_v_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = plugin_stand_ins.use(monkeypatch)
-    check("unet_encoder", "tiny", SMALL, Options("fp32", attention="own", qkv="apart"))
-    assert "CannyConv" not in added and added.count("CannyLayerNorm") == 3 * added.count("CannyGeglu") > 0
-
-
-def test_a_fold_needs_our_convolutions_and_numbers_that_fit() -> None:
-    with pytest.raises(ValueError, match="unless attention and conv are 'own'"):
-        Options(attention="own", layer_norm="folded")
-    weight, row = np.full((64, 64, 1, 1), 300.0, np.float16), np.full(64, 300.0, np.float32)
-    with pytest.raises(ValueError, match="too large for float16"):
-        fold_norm(weight, row, row, row)
-    folded, bias, sums = fold_norm(weight, row, row / 300, row)
-    assert folded.dtype == np.float16 and (folded == weight).all()
-    assert (sums == 300 * 64).all() and (bias == 300 + 300 * 300 * 64).all()
 
 
 def test_switches_change_the_network() -> None:

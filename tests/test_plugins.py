@@ -246,12 +246,11 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
     assert found == attentions(config, shape)
 
 
-@pytest.mark.parametrize("conv", ["own", "all"])
 @pytest.mark.parametrize(("qkv", "layer_norm"), [("joined", "apart"), ("joined", "folded"), ("apart", "folded")])
 def test_the_builder_gives_convolutions_to_the_plugin(
-    monkeypatch: pytest.MonkeyPatch, qkv: Any, layer_norm: Any, conv: Any
+    monkeypatch: pytest.MonkeyPatch, qkv: Any, layer_norm: Any
 ) -> None:
-    """Those that bench.conv finds, each residual and, if folded, each LayerNorm in the plugin."""
+    """Those that bench.conv finds, each residual and gate and, if folded, each LayerNorm in the plugin."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
     import plugin_stand_ins
 
@@ -267,15 +266,16 @@ def test_the_builder_gives_convolutions_to_the_plugin(
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", add)
-    options = Options("fp32", "own", qkv, conv=conv, layer_norm=layer_norm)
+    options = Options("fp32", "own", qkv, conv="own", layer_norm=layer_norm)
     plugin_stand_ins.define_step(config, shape, options)
     fits = {}
     for one, count in convolutions(config, shape, options).items():
         size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size, one.size)
         if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options, one.second):
             fits[one] = count
-    assert found == fits and len(found) > 10 and any(one.second for one in found) == (conv != "builtin")
-    assert any(one.gate for one in found) == (conv == "all")
+    assert found == fits and len(found) > 10
+    assert any(one.second for one in found) and any(one.gate for one in found)
+    assert any(one.norm for one in found) == (layer_norm == "folded")
 
 
 def test_what_our_attention_does_not_do_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -299,28 +299,26 @@ def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert served(flavour, 48, (1280, 2560, 3, 3), 1, own)
     assert served(flavour, 48, (1280, 1280, 3, 3), 2, own)
-    assert served(flavour, 3072, (320, 960, 1, 1), 1, own)
+    for rows, weight in ((3072, (320, 320, 3, 3)), (3072, (2560, 320, 1, 1)), (192, (10240, 1280, 1, 1))):
+        assert served(flavour, rows, weight, 1, own)
     sides = (2, 320, 32, 48), (320, 320, 3, 3)
     assert [flavour.has_conv_plugin(*sides, 1, own, second) for second in (0, 640, 648)] == [True, True, False]
     assert not flavour.has_conv_plugin(*sides, 2, own, 640)
     for rows, weight, stride in (
-        (3072, (640, 640, 3, 3), 1), (192, (3840, 1280, 1, 1), 1), (8016, (64, 64, 1, 1), 1),
+        (3072, (384, 320, 3, 3), 1), (3072, (2624, 320, 1, 1), 1), (8016, (64, 64, 1, 1), 1),
         (48, (96, 1280, 3, 3), 1), (48, (1280, 4, 3, 3), 1), (48, (64, 64, 5, 5), 1), (48, (64, 64, 3, 3), 3),
     ):  # fmt: skip
         assert not served(flavour, rows, weight, stride, own)
     assert not served(flavour, 48, (1280, 1280, 3, 3), 1, Options())
-    every = Options(conv="all")
-    assert served(flavour, 3072, (640, 640, 3, 3), 1, every) and served(flavour, 192, (3840, 1280, 1, 1), 1, every)
-    assert not served(flavour, 8016, (64, 64, 1, 1), 1, every)
     with pytest.raises(FlavourError, match="no plugin CannyConv: it was not loaded; use another --conv"):
         served(recording(False, None), 48, (1280, 1280, 3, 3), 1, own)
     library = SimpleNamespace(architectures=["80"], path="lib.so", source="0")
     monkeypatch.setattr("trt_builder.plugin_layers.gpu", lambda: None)
     monkeypatch.setattr("trt_builder.plugin_layers.load", lambda trt: library)
     with pytest.raises(FlavourError, match="lib.so has no convolutions of ours: they are for compute capability 9.0"):
-        flavour.load_plugins(every)
+        flavour.load_plugins(own)
     library.architectures.append("90")
-    assert flavour.load_plugins(own) == flavour.load_plugins(every) == {"CannyConv": "0"}
+    assert flavour.load_plugins(own) == {"CannyConv": "0"}
     monkeypatch.setattr("trt_builder.plugin_layers.gpu", lambda: SimpleNamespace(name="A100", capability="8.0"))
     with pytest.raises(FlavourError, match="A100 has no convolutions of ours"):
         flavour.load_plugins(own)
@@ -392,17 +390,8 @@ def test_the_library_runs_without_tensorrt(adapter: tuple[Path, Path]) -> None:
 def test_the_command_says_what_it_did(adapter: tuple[Path, Path]) -> None:
     library, headers = adapter
     flavour = "8.6" if library.stem.endswith("trt8") else "10+"
-    arguments = [
-        "build",
-        "--flavour",
-        flavour,
-        "--arch",
-        "sm90",
-        "--include",
-        str(headers),
-        "--output",
-        str(library.parent),
-    ]
+    arguments = ["build", *f"--flavour {flavour} --arch sm90 --include".split(), str(headers)]
+    arguments += ["--output", str(library.parent)]
     done = subprocess.run([sys.executable, "-m", "plugins", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{library} fits already.\n")
     listed = [sys.executable, "-m", "plugins", "list", "--output", str(library.parent)]

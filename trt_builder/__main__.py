@@ -82,7 +82,7 @@ def parser() -> Parser:
     add("--boundary", choices=("channels-last", "linear"), default="channels-last", help="of maps (%(default)s)")
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
-    add("--conv", choices=("auto", "builtin", "own", "all"), default="auto", help="of small maps (%(default)s)")
+    add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
     add("--layer-norm", choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
@@ -225,7 +225,7 @@ def switches(options: argparse.Namespace, flavour: Flavour, capability: str | No
 
     attention = usual(options.attention, "fused")
     conv = usual(options.conv, "builtin", own and capability == CONV_CAPABILITY)
-    folds = attention == "own" and conv != "builtin"
+    folds = attention == conv == "own"
     return Options(
         options.precision, attention, options.qkv, not options.no_shared_prefix,
         options.boundary, usual(options.residual, "fused"), usual(options.group_norm, "auto"),
@@ -292,8 +292,7 @@ def inspect(options: argparse.Namespace) -> int:
         for stage in stages:
             with Engine(manifest.plan_bytes(stage), flavour) as engine:
                 times[stage] = engine.layer_times()
-                report = reports[stage]
-                if report and not report.layers:
+                if (report := reports[stage]) and not report.layers:
                     reports[stage] = replace(report, layers=inspected_layers(engine.layers_json()))
     timed = profile(reports, times)
     if options.json:
@@ -343,14 +342,13 @@ def verify(options: argparse.Namespace) -> int:
                 raise EngineError(f"{options.folder} was not built from {options.weights}: name those that it was.")
         if not options.folder:
             manifest = replace(manifest, stages=dict.fromkeys(STAGES, StagePlan("", "", 0, 0.0)))
-        show = Bar(list(manifest.stages))
-        verifying.make_reference(manifest, options.make_reference, options.seed, device(options), show.say)
+        say = Bar(list(manifest.stages)).say
+        verifying.make_reference(manifest, options.make_reference, options.seed, device(options), say)
         return 0
     if not options.folder or named:
         raise BuildError("verify takes an engine folder, which knows its model and weights.")
     manifest = Manifest.load(options.folder)
-    flavour = ready(manifest)
-    status = 0
+    flavour, status = ready(manifest), 0
     if options.reference or not options.time:
         if options.reference:
             reference = verifying.stored_reference(manifest, options.reference)

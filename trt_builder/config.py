@@ -361,9 +361,8 @@ class Options:
         e and x of the last convolution's result.
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
         the built-in plugin where it can be had, else the layer.
-    conv: convolutions of small maps by TensorRT ("builtin"), or by the plugin of plugins/ (compute capability
-        9.0), which adds their residuals and makes the gate of GEGLU; "own" gives it those that it was measured to win,
-        "all" all that it has a kernel for.
+    conv: convolutions of small maps by TensorRT ("builtin"), or by the plugin of plugins/ where it was measured to win
+        ("own"; compute capability 9.0), which adds their residuals and makes the gate of GEGLU.
     layer_norm: "apart", or "folded" into the linear layers behind it where these all are convolutions of ours.
     """
 
@@ -374,7 +373,7 @@ class Options:
     boundary: Literal["channels-last", "linear"] = "channels-last"
     residual: Literal["fused", "own"] = "fused"
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
-    conv: Literal["builtin", "own", "all"] = "builtin"
+    conv: Literal["builtin", "own"] = "builtin"
     layer_norm: Literal["apart", "folded"] = "apart"
 
     def __post_init__(self) -> None:
@@ -382,10 +381,9 @@ class Options:
             allowed = get_args(kind) or (True, False)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"the option {name} is {getattr(self, name)!r}, but must be one of {allowed}")
-        if self.layer_norm == "folded" and (self.attention != "own" or self.conv == "builtin"):
+        if self.layer_norm == "folded" and (self.attention, self.conv) != ("own", "own"):
             raise ValueError(
-                "the option layer_norm is 'folded', but must be 'apart' unless attention and conv are 'own', "
-                "or conv is 'all'"
+                "the option layer_norm is 'folded', but must be 'apart' unless attention and conv are 'own'"
             )
 
     def as_dict(self) -> dict[str, str | bool]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import ADD, CONV, GEGLU, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm
+from plugins.load import ADD, CONV, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -358,8 +358,7 @@ def group_norm(
     if plugin:
         inputs = [x, *scale_and_bias(net, channels)]
         if plugin == "builtin":
-            name = "/".join(net.path)
-            return net.add(net.flavour.add_built_in(net.network, inputs, name, eps, with_silu))
+            return net.add(net.flavour.add_built_in(net.network, inputs, "/".join(net.path), eps, with_silu))
         inputs += [] if row is None else [row]
         return own(net, GROUP_NORM, inputs, groups=groups, silu=int(with_silu), row=int(row is not None), epsilon=eps)
     per_channel = net.flavour.normalization == "add_normalization_v2"
@@ -373,17 +372,6 @@ def group_norm(
     if not per_channel:
         y = add(net, mul(net, y, scale, "scale"), bias, "shift")
     return silu(net, y) if with_silu else y
-
-
-def geglu(net: Net, norm: Net, x: trt.ITensor) -> trt.ITensor:
-    """a · GELU(b) of (a, b), which a linear layer makes of x's LayerNorm (Shazeer 2020); of a map by our plugins."""
-    proj = net.at("proj")
-    gate = len(x.shape) == 4 and takes_own_conv(net, x, (*proj.weight().shape, 1, 1))
-    (y,) = linear_after(norm, x, [(proj, ())], gate)
-    if len(x.shape) == 4:
-        return y if gate else own(net, GEGLU, [y])
-    a, b = chunk(net, y, 2, 2)
-    return mul(net, a, gelu(net, b))
 
 
 def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor | None) -> trt.ITensor:

@@ -51,11 +51,6 @@ def conv_wins(rows: int, weight: Sequence[int]) -> bool:
     return rows * filters <= CONV_NUMBERS.get(size, 0)
 
 
-def conv_chosen(conv: str, rows: int, weight: Sequence[int]) -> bool:
-    """Whether a convolution that our plugin has a kernel for is its, by the option conv; as `conv_wins`."""
-    return conv == "all" or (conv == "own" and conv_wins(rows, weight))
-
-
 class FlavourError(ValueError):
     """A flavour that is not installed, or cannot do what is asked; the message is one sentence."""
 
@@ -119,7 +114,7 @@ class PluginLayers:
         Raises FlavourError or PluginError where they cannot be had.
         """
         needed = [GROUP_NORM] * (options.group_norm == "own") + list(TRANSFORMER) * (options.attention == "own")
-        needed += list(RESIDUALS) * (options.residual == "own") + [CONV] * (options.conv != "builtin")
+        needed += list(RESIDUALS) * (options.residual == "own") + [CONV] * (options.conv == "own")
         if needed and self.rtx:
             raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
         if not needed:
@@ -127,7 +122,7 @@ class PluginLayers:
         library = load(self.trt)
         here = gpu()
         other_gpu = here is not None and here.capability != CONV_CAPABILITY
-        if options.conv != "builtin" and (other_gpu or not {"90", "90a"} & set(library.architectures)):
+        if options.conv == "own" and (other_gpu or not {"90", "90a"} & set(library.architectures)):
             what = f"{here.name if here and other_gpu else library.path} has no convolutions of ours"
             raise FlavourError(f"{what}: they are for compute capability {CONV_CAPABILITY}; use --conv builtin")
         return dict.fromkeys(needed, library.source)
@@ -206,12 +201,12 @@ class PluginLayers:
         second: channels of a second map, of a 1×1 weight, that it does in the same launch, at stride 1.
         Raises FlavourError where it cannot be had.
         """
-        if options.conv == "builtin" or options.precision != "fp16":
+        if options.conv != "own" or options.precision != "fp16":
             return False
         self._need(CONV, "conv")
         rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
         beside = not second or (stride == 1 and not second % CONV_MULTIPLE)
-        return beside and has_conv_kernel(shape, weight, stride) and conv_chosen(options.conv, rows, weight)
+        return beside and has_conv_kernel(shape, weight, stride) and conv_wins(rows, weight)
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

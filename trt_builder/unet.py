@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from plugins.load import GEGLU
 from trt_builder.attention import attention, attention_over_itself
 from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
     Net,
+    chunk,
     conv,
-    geglu,
+    gelu,
     group_norm,
     linear,
     linear_after,
+    mul,
+    own,
     own_conv,
     reshape,
     residual_conv,
@@ -40,6 +44,17 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor, normed: trt.ITensor | 
     h = conv(net.at("in_layers.2"), h)
     h = group_norm(net.at("out_layers.0"), h, with_silu=True, row=row)
     return residual_conv(net, net.at("out_layers.3"), h, net.at("skip_connection"), x)
+
+
+def geglu(net: Net, norm: Net, x: trt.ITensor) -> trt.ITensor:
+    """a · GELU(b) of (a, b), which a linear layer makes of x's LayerNorm (Shazeer 2020); of a map by our plugins."""
+    proj = net.at("proj")
+    gate = len(x.shape) == 4 and takes_own_conv(net, x, (*proj.weight().shape, 1, 1))
+    (y,) = linear_after(norm, x, [(proj, ())], gate)
+    if len(x.shape) == 4:
+        return y if gate else own(net, GEGLU, [y])
+    a, b = chunk(net, y, 2, 2)
+    return mul(net, a, gelu(net, b))
 
 
 def feed_forward(net: Net, norm: Net, x: trt.ITensor, out: Out | None = None) -> trt.ITensor:

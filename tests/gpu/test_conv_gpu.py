@@ -18,10 +18,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 OWN = Options(attention="own", conv="own")
-FOLDED = replace(OWN, qkv="apart", layer_norm="folded")
-EVERY = replace(OWN, conv="all", layer_norm="folded")
+FOLDED = replace(OWN, layer_norm="folded")
 SD15, SHAPE = ModelConfig.load("sd15"), Shape(256, 384)
-ALL = set().union(*(convolutions(SD15, SHAPE, options) for options in (Options(), OWN, FOLDED, EVERY)))
+ALL = set().union(
+    *(convolutions(SD15, SHAPE, options) for options in (Options(), OWN, FOLDED, replace(FOLDED, qkv="apart")))
+)
 NETWORKS = sorted((one for one in ALL if one.channels % CONV_MULTIPLE == 0), key=lambda one: one.flop)
 WIDE = [
     Conv(2, 320, 9, 14, 768, 1, residual_batch=1), Conv(3, 640, 9, 14, 768, 1, norm=True, gate=True),
