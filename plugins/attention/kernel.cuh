@@ -271,6 +271,7 @@ __global__ void __launch_bounds__(most_threads(D, kKeys)) attention(const CannyA
         block.raise(y, most, scores);
         block.add_values(y, most, scores, turn);
     }
+    let_next_begin();
     if (p.groups > 1)
         block.merge(y, most);
     else
