@@ -82,7 +82,7 @@ class PluginLayers:
         try:
             library = find(self.trt.__version__)
         except PluginError as why:
-            _say_once(f"Without our plugins, which make a step a quarter faster: {why}")
+            _say_once(f"Without our plugins, which take a third off a step: {why}")
             return False
         if capability is None or capability.replace(".", "") not in library.architectures:
             _say_once(f"Without our plugins: {library.path} is not for compute capability {capability}")
