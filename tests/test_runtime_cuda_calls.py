@@ -37,7 +37,7 @@ VALUES = {  # how many a call returns beside the error
 
 def used_names() -> set[str]:
     """Every name of CUDA that the runtime and the measurements use."""
-    files = [*ROOT.glob("runtime/*.py"), ROOT / "bench/ours.py", ROOT / "bench/timeline.py"]
+    files = [*ROOT.glob("runtime/*.py"), *(ROOT / f"bench/{name}.py" for name in ("ours", "timeline", "kernels"))]
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("cuda")}
 

@@ -139,9 +139,9 @@ def micro(ms: float) -> str:
     return f"{1000 * ms:.1f}" if ms else ""
 
 
-def short(tactic: str) -> str:
-    """The part of a kernel's name that tells it from others: without types, layouts and warps."""
-    return re.sub(r"_(bf16|tf32|[fi]\d+)\w*?(?=_tilesize)|_warp.*", "", tactic)[:60]
+def short(tactic: str, most: int = 60) -> str:
+    """The part of a kernel's name that tells it from others: without types, layouts and warps; its first characters."""
+    return re.sub(r"_(bf16|tf32|[fi]\d+)\w*?(?=_tilesize)|_warp.*", "", tactic)[:most]
 
 
 def tensors_text(stage: str, report: Report) -> str:
