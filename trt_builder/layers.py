@@ -256,8 +256,7 @@ def own_conv(
     """
     exact, name, sums = net.float32(), f"{what}." if what else "", []
     bias = np.zeros(len(weight)) if bias is None else bias
-    if gate:
-        weight, bias = by_eights(weight), by_eights(bias)
+    weight, bias = (by_eights(weight), by_eights(bias)) if gate else (weight, bias)
     if norm:
         gamma, beta = (norm.float32().weight(one) for one in ("weight", "bias"))
         weight, bias, of_filters = fold_norm(weight, bias, gamma, beta)
