@@ -65,11 +65,19 @@ class Net:
 
     def weight(self, name: str = "weight") -> np.ndarray:
         """The weight of this name at this place, in the type that layers compute in."""
-        return self.weights.cast(self.root + ".".join((*self.path, name)), self.dtype)
+        return self.weights.cast(self.key(name), self.dtype)
+
+    def shape(self, name: str = "weight") -> tuple[int, ...]:
+        """The shape of the weight of this name at this place."""
+        return self.weights.shape(self.key(name))
 
     def has(self, name: str) -> bool:
         """Whether there is a weight of this name at this place."""
-        return self.root + ".".join((*self.path, name)) in self.weights
+        return self.key(name) in self.weights
+
+    def key(self, name: str) -> str:
+        """What the checkpoint calls the weight of this name at this place."""
+        return self.root + ".".join((*self.path, name))
 
     def name(self, what: str = "") -> str:
         """A layer's name: stage, place and, where a place has several layers, what it does; unique in the network."""
@@ -227,11 +235,10 @@ def conv(
 
 def residual_conv(net: Net, last: Net, h: trt.ITensor, skip: Net, x: trt.ITensor) -> trt.ITensor:
     """The end of a ResBlock: its last convolution of h, and its input x, by `skip` where that has a weight."""
-    weight = last.weight()
-    if skip.has("weight") and takes_own_conv(last, h, weight.shape, second=x.shape[1]):
+    if skip.has("weight") and takes_own_conv(last, h, last.shape(), second=x.shape[1]):
         bias = last.float32().weight("bias") + skip.float32().weight("bias")
-        return own_conv(last, h, weight, bias, second=[(x, skip.weight())])
-    if takes_own_conv(last, h, weight.shape):
+        return own_conv(last, h, last.weight(), bias, second=[(x, skip.weight())])
+    if takes_own_conv(last, h, last.shape()):
         return conv(last, h, residual=conv(skip, x) if skip.has("weight") else x)
     h = conv(last, h)
     if skip.has("weight"):
@@ -280,8 +287,8 @@ def linear(
     (B, C, h, w) a 1×1 convolution. A residual is added to it (see `add_residual`). norm, gate: of `own_conv`.
     """
     names = [net.at(part) for part in parts] or [net]
-    weight = joined(names, "weight")  # (D, C)
-    bias = joined(names, "bias") if names[0].has("bias") else None
+    weight = net.weights.cast(tuple(one.key("weight") for one in names), net.dtype)  # (D, C)
+    bias = net.weights.cast(tuple(one.key("bias") for one in names), net.dtype) if names[0].has("bias") else None
     what = "+".join(parts)
     if len(x.shape) == 4:
         weight = weight[:, :, None, None]
@@ -298,12 +305,6 @@ def linear(
     return add_residual(net, y, residual)
 
 
-def joined(places: Sequence[Net], name: str) -> np.ndarray:
-    """The weights of a name at several places, joined along D."""
-    net, names = places[0], tuple(place.root + ".".join((*place.path, name)) for place in places)
-    return net.weights.cast(names, net.dtype)
-
-
 def linear_after(
     norm: Net, x: trt.ITensor, layers: Sequence[tuple[Net, Sequence[str]]], gate: bool = False
 ) -> list[trt.ITensor]:  # fmt: skip
@@ -312,8 +313,8 @@ def linear_after(
     With the option layer_norm "folded" our convolutions do both, where all of the layers are theirs.
     """
     if norm.options.layer_norm == "folded" and len(x.shape) == 4:
-        weights = [joined([net.at(part) for part in parts] or [net], "weight") for net, parts in layers]
-        if all(takes_own_conv(norm, x, (*weight.shape, 1, 1)) for weight in weights):
+        shapes = [[place.shape() for place in [net.at(part) for part in parts] or [net]] for net, parts in layers]
+        if all(takes_own_conv(norm, x, (sum(d for d, _ in each), each[0][1], 1, 1)) for each in shapes):
             return [linear(net, x, parts, norm=norm, gate=gate) for net, parts in layers]
     x = layer_norm(norm, x)
     return [linear(net, x, parts, gate=gate) for net, parts in layers]
@@ -382,7 +383,7 @@ def add_residual(net: Net, y: trt.ITensor, x: trt.ITensor | None) -> trt.ITensor
 
 def own(net: Net, plugin: str, inputs: Sequence[trt.ITensor], what: str = "", **fields: float) -> trt.ITensor:
     """One of the plugins of plugins/, with its fields."""
-    return net.add(net.flavour.add_own(net.network, plugin, inputs, "/".join(net.path), **fields), what)
+    return own_outputs(net, plugin, inputs, 1, what, **fields)[0]
 
 
 def own_outputs(

@@ -49,7 +49,7 @@ def res_block(net: Net, x: trt.ITensor, row: trt.ITensor, normed: trt.ITensor | 
 def geglu(net: Net, norm: Net, x: trt.ITensor) -> trt.ITensor:
     """a · GELU(b) of (a, b), which a linear layer makes of x's LayerNorm (Shazeer 2020); of a map by our plugins."""
     proj = net.at("proj")
-    gate = len(x.shape) == 4 and takes_own_conv(net, x, (*proj.weight().shape, 1, 1))
+    gate = len(x.shape) == 4 and takes_own_conv(net, x, (*proj.shape(), 1, 1))
     (y,) = linear_after(norm, x, [(proj, ())], gate)
     if len(x.shape) == 4:
         return y if gate else own(net, GEGLU, [y])

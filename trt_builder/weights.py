@@ -76,11 +76,18 @@ class Weights(Mapping[str, np.ndarray]):
         return weights
 
     def __getitem__(self, name: str) -> np.ndarray:
+        array = self._stored(name)
+        return (array.astype(np.uint32) << 16).view(np.float32) if name in self._bfloat16 else array
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, of which nothing is read."""
+        return self._stored(name).shape
+
+    def _stored(self, name: str) -> np.ndarray:
         try:
-            array = self._arrays[name]
+            return self._arrays[name]
         except KeyError:
             raise WeightsError(f"{self._source} has no {name}") from None
-        return (array.astype(np.uint32) << 16).view(np.float32) if name in self._bfloat16 else array
 
     def __contains__(self, name: object) -> bool:
         return name in self._arrays
