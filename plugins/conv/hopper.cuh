@@ -134,6 +134,20 @@ __device__ __forceinline__ void products_done(float (&c)[kCount]) {
 #define CANNY_SUMS(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define CANNY_SUMS_16(i) CANNY_SUMS(i), CANNY_SUMS(i + 4), CANNY_SUMS(i + 8), CANNY_SUMS(i + 12)
 
+// Operands of a product: 32 sums from this number on.
+#define CANNY_32_FROM_0 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CANNY_32_FROM_32 \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CANNY_32_FROM_64 \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define CANNY_32_FROM_96 \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
 // c (64×64, float) += a (64×16, half) · b (64×16, half) transposed, by the four warps of a warpgroup. Each has 16 rows
 // of a and c, in the fragments of mma.m16n8k16; b is in shared memory. c is only to be read after products_wait, and a
 // only to be changed then.
@@ -142,8 +156,7 @@ __device__ __forceinline__ void multiply_group(float (&c)[32], const uint32_t (&
     asm volatile(
         "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        CANNY_32_FROM_0 "}, "
         "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
         : CANNY_SUMS_16(0), CANNY_SUMS_16(16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
@@ -157,10 +170,7 @@ __device__ __forceinline__ void multiply_group(float (&c)[64], const uint32_t (&
     asm volatile(
         "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        CANNY_32_FROM_0 ", " CANNY_32_FROM_32 "}, "
         "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
         : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
@@ -174,12 +184,7 @@ __device__ __forceinline__ void multiply_group(float (&c)[96], const uint32_t (&
     asm volatile(
         "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+        CANNY_32_FROM_0 ", " CANNY_32_FROM_32 ", " CANNY_32_FROM_64 "}, "
         "{%96, %97, %98, %99}, %100, add, 1, 1, 0;\n}"
         : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48), CANNY_SUMS_16(64), CANNY_SUMS_16(80)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
@@ -193,14 +198,7 @@ __device__ __forceinline__ void multiply_group(float (&c)[128], const uint32_t (
     asm volatile(
         "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        CANNY_32_FROM_0 ", " CANNY_32_FROM_32 ", " CANNY_32_FROM_64 ", " CANNY_32_FROM_96 "}, "
         "{%128, %129, %130, %131}, %132, add, 1, 1, 0;\n}"
         : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48), CANNY_SUMS_16(64), CANNY_SUMS_16(80),
           CANNY_SUMS_16(96), CANNY_SUMS_16(112)
@@ -211,6 +209,10 @@ __device__ __forceinline__ void multiply_group(float (&c)[128], const uint32_t (
 
 #undef CANNY_SUMS
 #undef CANNY_SUMS_16
+#undef CANNY_32_FROM_0
+#undef CANNY_32_FROM_32
+#undef CANNY_32_FROM_64
+#undef CANNY_32_FROM_96
 
 // A warpgroup gives registers of its threads to the others of its block, or waits for some; a multiple of 8.
 template <int kCount>
@@ -232,11 +234,9 @@ __device__ __forceinline__ void registers_more() {
 // Four floats that lie at the address of `mine` in the shared memory of the block number `rank` of the cluster.
 __device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
     float4 v;
-    uint32_t theirs;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(theirs)
+                 : "r"(cluster_address(mine, rank))
                  : "memory");
     return v;
 }
@@ -244,8 +244,7 @@ __device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
 // Two of them.
 __device__ __forceinline__ float2 cluster_read_2(const float* mine, int rank) {
     float2 v;
-    uint32_t theirs;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+    uint32_t theirs = cluster_address(mine, rank);
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(theirs) : "memory");
     return v;
 }

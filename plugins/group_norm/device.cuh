@@ -36,13 +36,20 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// What lies at the address of `mine` in the shared memory of the block number `rank` of the cluster.
+// The address of `mine` in the shared memory of the block number `rank` of the cluster.
+__device__ __forceinline__ unsigned cluster_address(const float* mine, int rank) {
+    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine)), theirs = address;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(address), "r"(rank));
+#endif
+    return theirs;
+}
+
+// What lies there.
 __device__ __forceinline__ float cluster_read(const float* mine, int rank) {
 #if __CUDA_ARCH__ >= 900
     float value;
-    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine)), theirs;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs) : "memory");
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(cluster_address(mine, rank)) : "memory");
     return value;
 #else
     return *mine;
