@@ -6,16 +6,21 @@
 
 #ifdef EMULATE_WIDE  // only kernels of tiles so wide, with or without a LayerNorm: to compile the rest takes longest
 namespace canny {
-#define NONE(groups, wide, norm)                      \
-    template <>                                       \
-    void conv<groups, wide, norm>(const ConvWork) {   \
-        emulator::wrong("a kernel was not compiled"); \
+#define NONE(groups, wide, norm, taps, split)                \
+    template <>                                              \
+    void conv<groups, wide, norm, taps, split>(const ConvWork) { \
+        emulator::wrong("a kernel was not compiled");        \
     }
+#define NONE_OF(groups, wide, norm) \
+    NONE(groups, wide, norm, 1, 1)  \
+    NONE(groups, wide, norm, 1, 2)  \
+    NONE(groups, wide, norm, 9, 1)  \
+    NONE(groups, wide, norm, 9, 2)
 #define NONE_SO_WIDE(wide) \
-    NONE(1, wide, false)   \
-    NONE(2, wide, false)   \
-    NONE(1, wide, true)    \
-    NONE(2, wide, true)
+    NONE_OF(1, wide, false)   \
+    NONE_OF(2, wide, false)   \
+    NONE_OF(1, wide, true)    \
+    NONE_OF(2, wide, true)
 #if EMULATE_WIDE != 64
 NONE_SO_WIDE(64)
 #endif
@@ -26,8 +31,8 @@ NONE_SO_WIDE(128)
 NONE_SO_WIDE(256)
 #endif
 NONE_SO_WIDE(192)
-NONE(1, EMULATE_WIDE, !EMULATE_NORM)
-NONE(2, EMULATE_WIDE, !EMULATE_NORM)
+NONE_OF(1, EMULATE_WIDE, !EMULATE_NORM)
+NONE_OF(2, EMULATE_WIDE, !EMULATE_NORM)
 }  // namespace canny
 #endif
 

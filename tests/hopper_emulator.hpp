@@ -104,6 +104,17 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
     while (one.count && (one.barrier.generation & 1) == parity) emulator::wait(one.barrier, one.barrier.generation);
 }
 
+inline bool barrier_ended(uint32_t barrier, uint32_t parity) {
+    const emulator::Phases& one = emulator::phases_at(*emulator::current->block, barrier);
+    return (one.barrier.generation & 1) != parity;
+}
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
+    load_matrices(r, reinterpret_cast<const __half*>(emulator::shared_at(*emulator::current->block, row)));
+}
+
+inline void hold(uint32_t (&)[4]) {}
+
 inline void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     emulator::Block& block = *emulator::current->block;
     emulator::Phases& one = emulator::phases_at(block, barrier);
@@ -183,16 +194,15 @@ void registers_less() {}
 template <int kCount>
 void registers_more() {}
 
-inline float4 cluster_read_4(const float* mine, int rank) {
-    float4 value;
-    emulator::Block& theirs = emulator::blocks[rank];
-    std::memcpy(&value, emulator::shared_at(theirs, shared_address(mine)), sizeof value);
-    return value;
-}
+// Which block of the cluster, and where in its shared memory.
+inline uint32_t cluster_address(const float* mine, int rank) { return shared_address(mine) | uint32_t(rank) << 24; }
 
-inline float2 cluster_read_2(const float* mine, int rank) {
-    return {cluster_read(mine, rank), cluster_read(mine + 1, rank)};
+inline void cluster_write_4(uint32_t theirs, float x, float y, float z, float w) {
+    float4 value{x, y, z, w};
+    if (theirs % 16) emulator::wrong("a vector that does not begin at a multiple of 16");
+    if (!emulator::cluster.generation) emulator::wrong("a write to a block that may not have begun");
+    emulator::Block& block = emulator::blocks[theirs >> 24];
+    std::memcpy(emulator::shared_at(block, theirs & 0xffffff), &value, sizeof value);
 }
-
 
 }  // namespace canny

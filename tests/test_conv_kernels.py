@@ -31,7 +31,8 @@ ONE = Conv(2, 128, 8, 12, 128, residual_batch=1, cluster=5, high=128, wide=64)
 TALL = Conv(2, 192, 9, 13, 64, cluster=1)
 NORMED = Conv(2, 320, 9, 13, 128, 1, residual_batch=1, norm=True, cluster=3, wide=64, high=128, epsilon=0.1)
 IN_BOTH = Conv(2, 128, 9, 13, 64, second=320, cluster=3, high=64)
-GATED = [replace(WIDE, residual_batch=0, gate=True, cluster=cluster) for cluster in (3, 1)]
+GATED = [replace(WIDE, residual_batch=0, gate=True, cluster=cluster, high=64, wide=64) for cluster in (3, 1)]
+TOO_LARGE = {(192, 128, True), (256, 64, True), (256, 128, True), (256, 128, False)}  # wide, high, norm of a cluster
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,9 @@ def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: in
     """Two of filters, two of rows of which the second is not full."""
     height = 5 if high == 64 else 7
     conv = Conv(2, 576, height, 11, 2 * wide, 1, 1, residual, norm, cluster=cluster, high=high, wide=wide)
+    if cluster > 1 and (wide, high, norm) in TOO_LARGE:
+        assert conv.plan(emulator) is None
+        return
     assert error(*emulate(emulator, conv, order=(cluster + residual) % 3)) < 1e-3
 
 
@@ -87,6 +91,9 @@ def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: in
 @pytest.mark.parametrize(("wide", "high"), [(64, 64), (128, 64), (128, 128), (192, 128), (256, 64), (256, 128)])
 def test_a_gate(emulator: Any, wide: int, high: int, norm: bool, cluster: int) -> None:
     conv = Conv(2, 320, 9, 8, 2 * wide, 1, norm=norm, cluster=cluster, high=high, wide=wide, gate=True)
+    if cluster > 1 and (wide, high, norm) in TOO_LARGE:
+        assert conv.plan(emulator) is None
+        return
     assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
 
 
@@ -211,32 +218,30 @@ def alike(*mistakes: tuple[str, ...]) -> list[Any]:
 
 
 MISTAKES = [
-    ("__syncthreads();  // barriers and zeros", "// barriers and zeros"),
-    ("__syncthreads();  // the sums", "// the sums"),
-    ("group_sync<1>(0, Block::kConsumers);", ""),
-    ("if (p.cluster > 1) cluster_arrive(), cluster_wait();\n    block.store(piece);", "block.store(piece);"),
-    ("if (p.cluster > 1) cluster_arrive_read(), cluster_wait();", ""),
-    ("ring.wait_full();\n            uint64_t b", "uint64_t b"),
-    ("x_ring.wait_full();\n        pick", "pick"),
-    ("if (part_ends) x_ring.wait_full();", ""),
+    ("__syncthreads();  // barriers, zeros", "// barriers, zeros"),
+    ("cluster_arrive(), cluster_wait();  // all", "cluster_arrive();  // all"),
+    ("cluster_wait();\n            block.template give", "block.template give"),
+    ("if (!there) ring.wait_full();", ""), ("x_ring.wait_full();\n        aim_all", "aim_all"),
+    ("if (unit + 1 < last) x_ring.wait_full();", ""),
     ("ring.wait_empty();\n            uint32_t barrier = ring.full + 8 * ring.place;\n            barrier",
      "uint32_t barrier = ring.full + 8 * ring.place;\n            barrier"),
     ("ring.wait_empty();\n            uint32_t barrier = ring.full + 8 * ring.place;\n            const",
      "uint32_t barrier = ring.full + 8 * ring.place;\n            const"),
     ("(turn - 1) & 1", "turn & 1"), ("products_begin();", ""), ("products_wait<1>();", "products_wait<2>();"),
-    ("unit > first) barrier_arrive(ring.empty + 8 * before)", "true) barrier_arrive(ring.empty + 8 * ring.place)"),
+    ("unit > first) barrier_arrive(done)", "true) barrier_arrive(before)"),
     ("step(a[1], a[0], unit + 1)", "step(a[1], a[1], unit + 1)"),
     ("barrier_expect(barrier, kUnit * sizeof(__half))", "barrier_expect(barrier, kUnit)"),
-    ("pick(after, row, x_ring.place", "pick(after, row, 0"), ("b + 2 * k", "b + 4 * k"),
-    ("positions_ring().begin(1, ", "positions_ring().begin(2, "), ("rank + from + i - p.cluster;", "rank;"),
-    ("cluster_read_4(row + column + 4 * k, other)", "cluster_read_4(row + column + 4 * k, other * 0)"),
+    ("aim(row, x_ring.place, tap)", "aim(row, 0, tap)"), ("b + 2 * k", "b + 4 * k"),
+    ("positions_ring().begin(1, ", "positions_ring().begin(2, "), ("piece - slot * p.cluster);", "0);"),
+    ("(slot * p.cluster + rank) * kPart<kGate> + lane", "slot * p.cluster * kPart<kGate> + lane"),
+    ("other < p.cluster; other++", "other < 4; other++"), ("to + j * 512", "to + j * 256"),
     ("2 | (to.x > 0)", "3"), ("wait_for_previous();", ""), ("barriers_begun();", ""),
     ("kEightRows = 1024 / 16", "kEightRows = 512 / 16"),
     ("conv_position(p, last_row).at + border + 1", "conv_position(p, last_row).at + 1"),
     *alike(("barrier_wait(full + 8 * place, turn & 1)", "barrier_wait(full + 8 * place, 0)"),
-        ("products_wait<0>();", ""), ("if (lane == 0 && unit > first)", "if (lane <= 1 && unit > first)"),
+        ("products_wait<0>();", ""), ("leads = threadIdx.x % 32 == 0", "leads = threadIdx.x % 32 <= 1"),
         ("to.x * stride + 1 < p.call.width", "true"), ("to.y > 0", "true"), ("kSwizzle128 = 1", "kSwizzle128 = 2"),
-        ("kConvAlign = 1024", "kConvAlign = 512"), ("from = 0; from < kConvMostCluster", "from = 0; from < 4")),
+        ("kConvAlign = 1024", "kConvAlign = 512"), ("piece % kWarps, piece / kWarps)", "piece % kWarps, 0)")),
 ]  # fmt: skip
 
 
@@ -265,15 +270,14 @@ def right(library: Any, conv: Conv, order: int) -> bool:
 
 
 NORM_MISTAKES = [
-    ("moments.add(a[0]);", ""), ("moments.add(after);", "moments.add(mine);"),
-    ("squares[i / 2 % 2] += value * value", "squares[0] += value * value"),
-    ("mask <= 2; mask *= 2) sum", "mask <= 1; mask *= 2) sum"), ("(row + 8 * i) * kSumsPitch", "row * kSumsPitch"),
-    ("cluster_read_2(row + kWide, other)", "cluster_read_2(row + kWide, rank)"),
-    ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
-    ("mean * piece.weight_sums.value[k]", "mean"), ("+ p.call.epsilon)", ")"),
-    ("piece.bias.value[k] += norm", "piece.bias.value[k] = norm"),
-    *alike(("moments.add(after);", ""), ("x[i / 2 % 2] += value", "x[i % 2] += value"),
-        ("moments[1] += more[i].y", "moments[1] = more[i].y"), ("c.weight_sums + filter", "c.weight_sums"),
+    ("moments.add(mine);", "moments.add(after);"), ("squares[i / 2 % 2] += value", "squares[0] += value"),
+    ("mask <= 2; mask *= 2) sum", "mask <= 1; mask *= 2) sum"), ("norm.mean * of_filters.x)", "norm.mean)"),
+    ("* 512, moments.x[0], moments.squares[0]", "* 512, moments.x[1], moments.squares[1]"),
+    ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"), ("+ p.call.epsilon)", ")"),
+    ("y.x + bias.x, ", "y.x, "), ("moments.squares[0] += four.y", "moments.squares[0] = four.y"),
+    *alike(("moments.add(mine);", ";"), ("x[i / 2 % 2] += value", "x[i % 2] += value"),
+        ("moments.squares[1] += four.w", "moments.squares[1] = four.w"),
+        ("p.call.weight_sums[first_filter + i]", "p.call.weight_sums[i]"),
         ("fmaxf(square - mean * mean, 0.f)", "square")),
 ]  # fmt: skip
 
@@ -286,8 +290,8 @@ def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tu
 
 
 SECOND_MISTAKES = [
-    ("min(unit, p.x_units)", "unit"), ("unit + 1 < p.x_units ? 0 : p.taps / 2", "0"),
-    ("first < p.x_units ? first - part_of(first) * p.taps : p.taps / 2", "first - part_of(first) * p.taps"),
+    ("min(unit, p.x_units)", "unit"), ("unit + 1 < p.x_units ? 0 : kTaps / 2", "0"),
+    ("first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2", "first - part_of(first) * kTaps"),
     ("part < parts", "part <= parts"), ("first_row - ahead % kConvEight", "first_row"), ("work.second,\n", "work.x,\n"),
     ("p.x_boxes * p.x_box : p.second_box", "p.x_boxes * p.x_box : p.x_boxes * p.x_box"),
     ("plan.h", "high + kConvEight - 1", "high - kConvEight"),
@@ -306,10 +310,11 @@ def test_the_emulator_finds_mistakes_with_a_second_map(tmp_path: Path, mistake: 
 
 WIDE_MISTAKES = [
     ("(high ? low : up) = theirs;", "up = theirs;"),
-    ("words[mask == 1 ? 2 * i : i]", "words[i]"), ("if (row < p.rows) store_words", "store_words"),
-    ("eight * 4 + i % 2 * 2", "eight * 4"), ("filter = first_filter + eight * 8", "filter = eight * 8"),
-    ("moments.join();", ""), ("if (direct) return __syncthreads();", ""),
-    *alike(("at, norms[i % 2]", "at, norms[0]"), ("i < kWide / 64", "i < 2")),
+    ("words[mask == 1 ? 2 * i : i]", "words[i]"), ("if (to.row + 8 * i < p.rows) store_words", "store_words"),
+    ("eight * 4 + i * 2", "eight * 4"), ("norm, first + eight * 8);", "norm, first);"),
+    ("moments.join();", ";"), ("if (!shared) __syncthreads();", ""), ("i * (16 << kGate), moments", "0, moments"),
+    *alike(("moments.x[i], moments.squares[i]);", "moments.x[0], moments.squares[0]);"),
+        ("i < kWide / 64; i++)\n                copy", "i < 2; i++)\n                copy")),
 ]  # fmt: skip
 
 
@@ -320,23 +325,22 @@ def test_the_emulator_finds_mistakes_in_wide_tiles(tmp_path: Path, mistake: tupl
 
 
 GATE_MISTAKES = [
-    ("filter + 8);", "filter);"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
-    ("(first_filter >> kGate)", "first_filter"), ("ask(b, piece.at + 1);", "ask(b, piece.at);"),
-    ("y[k] *= gelu(b.bias.value[k])", "y[k] *= b.bias.value[k]"),
-    ("(first_filter + column) >> gate", "first_filter + column"),
-    *alike(("at + 4, norms", "at + 2, norms"), ("threadIdx.x) << p.", "threadIdx.x) << 2 * p.")),
+    ("first + eight * 8 + 8", "first + eight * 8"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
+    ("(first_filter >> p.call.gate) + section", "first_filter + section"), ("y.x * gelu(b.x)", "y.x * b.x"),
+    ("* (p.call.filters >> kGate)", "* p.call.filters"), ("* 512, moments.x[0]", "* 512, moments.x[1]"),
+    *alike(("at + 4, norm", "at + 2, norm"), ("/ 32 * 32 << kGate", "/ 32 * 32")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", GATE_MISTAKES, ids=lambda mistake: mistake[-1][:40])
 def test_the_emulator_finds_mistakes_in_a_gate(tmp_path: Path, mistake: tuple[str, str]) -> None:
-    library = mistaken(tmp_path, *mistake, wide=256, norm=True)
+    library = mistaken(tmp_path, *mistake, norm=True)
     assert not all(right(library, conv, order) for order, conv in enumerate(GATED))
 
 
 @pytest.mark.parametrize(
     ("wide", "norm", "convs"),
-    [(64, False, [ONE, TALL, IN_BOTH, replace(IN_BOTH, cluster=8)]), (64, True, [NORMED]), (256, True, [WIDE, *GATED])],
+    [(64, False, [ONE, TALL, IN_BOTH, replace(IN_BOTH, cluster=8)]), (64, True, [NORMED, *GATED]), (256, True, [WIDE])],
 )
 def test_without_mistakes_all_of_these_are_right(tmp_path: Path, wide: int, norm: bool, convs: list[Conv]) -> None:
     """With no more kernels than were compiled above."""

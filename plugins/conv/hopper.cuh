@@ -52,6 +52,33 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         );
 }
 
+// Whether that phase has ended.
+__device__ __forceinline__ bool barrier_ended(uint32_t barrier, uint32_t parity) {
+    uint32_t ended;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(ended)
+        : "r"(barrier), "r"(parity)
+        : "memory"
+    );
+    return ended;
+}
+
+// load_matrices of rows in shared memory by address.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// Have these numbers ready here, not where they are used.
+__device__ __forceinline__ void hold(uint32_t (&numbers)[4]) {
+    asm volatile("" : "+r"(numbers[0]), "+r"(numbers[1]), "+r"(numbers[2]), "+r"(numbers[3]));
+}
+
 // Begin to copy bytes that lie side by side, a multiple of 16, to shared memory; they count for the barrier.
 __device__ __forceinline__ void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     asm volatile(
@@ -148,65 +175,42 @@ __device__ __forceinline__ void products_done(float (&c)[kCount]) {
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// c (64×64, float) += a (64×16, half) · b (64×16, half) transposed, by the four warps of a warpgroup. Each has 16 rows
-// of a and c, in the fragments of mma.m16n8k16; b is in shared memory. c is only to be read after products_wait, and a
-// only to be changed then.
-__device__ __forceinline__ void multiply_group(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
+// c (64×n, float) += a (64×16, half) · b (n×16, half) transposed, by the four warps of a warpgroup, n being twice the
+// sums of a thread. Each warp has 16 rows of a and c, in the fragments of mma.m16n8k16; b is in shared memory. c is only to
+// be read after products_wait, and a only to be changed then.
 #ifdef CANNY_HOPPER
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-        CANNY_32_FROM_0 "}, "
-        "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-        : CANNY_SUMS_16(0), CANNY_SUMS_16(16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
-    );
+#define CANNY_GROUP(n, sums, list, constraints, a0, a1, a2, a3, b)                                                \
+    __device__ __forceinline__ void multiply_group(float(&c)[sums], const uint32_t(&a)[4], uint64_t rows) {        \
+        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" n              \
+                     "k16.f32.f16.f16 {" list "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, 0;\n}"       \
+                     : constraints                                                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows));                                     \
+    }
+#else
+#define CANNY_GROUP(n, sums, list, constraints, a0, a1, a2, a3, b) \
+    __device__ __forceinline__ void multiply_group(float(&)[sums], const uint32_t(&)[4], uint64_t) {}
 #endif
-}
 
-// The same with 128 rows of b.
-__device__ __forceinline__ void multiply_group(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
-#ifdef CANNY_HOPPER
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-        CANNY_32_FROM_0 ", " CANNY_32_FROM_32 "}, "
-        "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
-        : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
-    );
-#endif
-}
+#define CANNY_ALL_32 CANNY_SUMS_16(0), CANNY_SUMS_16(16)
+#define CANNY_ALL_64 CANNY_ALL_32, CANNY_SUMS_16(32), CANNY_SUMS_16(48)
+#define CANNY_ALL_96 CANNY_ALL_64, CANNY_SUMS_16(64), CANNY_SUMS_16(80)
+#define CANNY_ALL_128 CANNY_ALL_96, CANNY_SUMS_16(96), CANNY_SUMS_16(112)
+#define CANNY_64_FROM_0 CANNY_32_FROM_0 ", " CANNY_32_FROM_32
+#define CANNY_96_FROM_0 CANNY_64_FROM_0 ", " CANNY_32_FROM_64
+#define CANNY_128_FROM_0 CANNY_96_FROM_0 ", " CANNY_32_FROM_96
+CANNY_GROUP("64", 32, CANNY_32_FROM_0, CANNY_ALL_32, "%32", "%33", "%34", "%35", "%36")
+CANNY_GROUP("128", 64, CANNY_64_FROM_0, CANNY_ALL_64, "%64", "%65", "%66", "%67", "%68")
+CANNY_GROUP("192", 96, CANNY_96_FROM_0, CANNY_ALL_96, "%96", "%97", "%98", "%99", "%100")
+CANNY_GROUP("256", 128, CANNY_128_FROM_0, CANNY_ALL_128, "%128", "%129", "%130", "%131", "%132")
 
-// With 192.
-__device__ __forceinline__ void multiply_group(float (&c)[96], const uint32_t (&a)[4], uint64_t b) {
-#ifdef CANNY_HOPPER
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {"
-        CANNY_32_FROM_0 ", " CANNY_32_FROM_32 ", " CANNY_32_FROM_64 "}, "
-        "{%96, %97, %98, %99}, %100, add, 1, 1, 0;\n}"
-        : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48), CANNY_SUMS_16(64), CANNY_SUMS_16(80)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
-    );
-#endif
-}
-
-// With 256.
-__device__ __forceinline__ void multiply_group(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
-#ifdef CANNY_HOPPER
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
-        CANNY_32_FROM_0 ", " CANNY_32_FROM_32 ", " CANNY_32_FROM_64 ", " CANNY_32_FROM_96 "}, "
-        "{%128, %129, %130, %131}, %132, add, 1, 1, 0;\n}"
-        : CANNY_SUMS_16(0), CANNY_SUMS_16(16), CANNY_SUMS_16(32), CANNY_SUMS_16(48), CANNY_SUMS_16(64), CANNY_SUMS_16(80),
-          CANNY_SUMS_16(96), CANNY_SUMS_16(112)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
-    );
-#endif
-}
-
+#undef CANNY_GROUP
+#undef CANNY_ALL_32
+#undef CANNY_ALL_64
+#undef CANNY_ALL_96
+#undef CANNY_ALL_128
+#undef CANNY_64_FROM_0
+#undef CANNY_96_FROM_0
+#undef CANNY_128_FROM_0
 #undef CANNY_SUMS
 #undef CANNY_SUMS_16
 #undef CANNY_32_FROM_0
@@ -231,22 +235,10 @@ __device__ __forceinline__ void registers_more() {
 
 // -- clusters --------------------------------------------------------------------------------------------------------
 
-// Four floats that lie at the address of `mine` in the shared memory of the block number `rank` of the cluster.
-__device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(cluster_address(mine, rank))
+// Write four floats to an address that `cluster_address` has given, or beyond it.
+__device__ __forceinline__ void cluster_write_4(uint32_t theirs, float x, float y, float z, float w) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(theirs), "f"(x), "f"(y), "f"(z), "f"(w)
                  : "memory");
-    return v;
-}
-
-// Two of them.
-__device__ __forceinline__ float2 cluster_read_2(const float* mine, int rank) {
-    float2 v;
-    uint32_t theirs = cluster_address(mine, rank);
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(theirs) : "memory");
-    return v;
 }
 
 }  // namespace canny

@@ -38,6 +38,7 @@ struct ConvRing {
     }
 
     __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * place, turn & 1); }
+    __device__ __forceinline__ bool is_full() const { return barrier_ended(full + 8 * place, turn & 1); }
 
     __device__ __forceinline__ void wait_empty() const {
         if (turn) barrier_wait(empty + 8 * place, (turn - 1) & 1);
@@ -54,8 +55,8 @@ struct ConvWork {
     ConvParams params;
 };
 
-// kNorm: with a LayerNorm before it.
-template <int kGroups, int kWide, bool kNorm>
+// kNorm: with a LayerNorm before it. kTaps: 1 or 9.
+template <int kGroups, int kWide, bool kNorm, int kTaps>
 struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
     using Tile = ConvTile<kGroups, kWide, kNorm>;
     using typename Tile::Moments;
@@ -64,7 +65,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
     static constexpr int kUnit = kWide * kConvDeep;  // weights of a unit
     static constexpr int kConsumers = kGroups * kConvWarpgroup;
     static constexpr bool kUneven = conv_uneven(kGroups, kWide);
-    static constexpr bool kDirect = kWide > kConvNarrow;  // without a cluster the sums are stored from registers
+    static constexpr bool kGates = kTaps == 1 && conv_gates(kGroups, kWide);
 
     const ConvWork& work;
     __half *weights, *positions;  // zeros lie behind the positions
@@ -75,7 +76,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
     __device__ __forceinline__ explicit ConvBlock(const ConvWork& work) : Tile(work.params), work(work) {
         weights = reinterpret_cast<__half*>(memory);
         positions = weights + p.places * kUnit;
-        barriers = shared_address(positions + (p.x_places * p.x_rows + kConvEight) * kConvPitch);
+        __half* behind = positions + (p.x_places * p.x_rows + kConvEight) * kConvPitch;
+        barriers = shared_address(behind);
+        Tile::constants = reinterpret_cast<float*>(behind) + 4 * (p.places + p.x_places);
+        Tile::parts = Tile::constants + kWide * (1 + kNorm);
         first = rank * p.share + min(rank, p.rest);
         last = first + p.share + (rank < p.rest);
         range = conv_range(p, first_row, kHigh);
@@ -84,7 +88,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
     // Which 64 channels a unit is of: first those of x, then those of the second map, which have a unit each.
     __device__ __forceinline__ int32_t part_of(int32_t unit) const {
         int32_t of_x = min(unit, p.x_units);
-        return (p.taps == 9 ? of_x / 9 : of_x) + unit - of_x;
+        return of_x / kTaps + unit - of_x;
     }
 
     __device__ __forceinline__ ConvRing weights_ring() const { return {barriers, p.places}; }
@@ -157,72 +161,90 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
         uint32_t line = 2 | (to.x > 0) | uint32_t(to.x * stride + 1 < p.call.width) << 2, taps = line << 3;
         if (to.y > 0) taps |= line;
         if (to.y * stride + 1 < p.call.height) taps |= line << 6;
-        if (p.taps == 1) taps = 1;
+        if (kTaps == 1) taps = 1;
         return {to.at - range.first, lane / 16, row < p.rows ? taps : 0};
     }
 
+    // Where this lane's row of x lies for a tap: of the first 16 channels; those of the 16 after them lie at that xor 32.
+    __device__ __forceinline__ uint32_t aim(const Row& row, int32_t place, int32_t tap) const {
+        int32_t line = kTaps == 9 ? tap / 3 : 1, column = kTaps == 9 ? tap - 3 * line : 1;
+        int32_t at = row.at + (line - 1) * p.call.width + column - 1;
+        int32_t of_eight = at & (kConvEight - 1), line_of = place * p.x_rows + at;
+        if (!(row.exist >> tap & 1)) line_of = p.x_places * p.x_rows + of_eight;
+        return shared_address(positions) + line_of * (kConvPitch * 2) + ((row.eighth ^ of_eight) << 4);
+    }
+
+    // This warp's 16 positions × 64 channels of a tap.
+    __device__ __forceinline__ void pick(uint32_t (&a)[4][4], const uint32_t (&from)[4]) const {
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_matrices(a[k], from[k]);
+    }
+
     // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments.
-    __device__ __forceinline__ void multiply(float (&sums)[kSums], Moments& moments, const Row& row) const {
-        int32_t lane = threadIdx.x % 32;
+    //
+    // A warp is alone on its scheduler: what it does between one unit's products and the next's is time in which nothing is
+    // multiplied. So only the picking of rows stands there, and everything else is done while products run; `meanwhile` is
+    // done beside the last.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void
+    multiply(float (&sums)[kSums], Moments& moments, const Row& row, Meanwhile&& meanwhile) const {
+        const bool leads = threadIdx.x % 32 == 0;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
-        int32_t tap = first < p.x_units ? first - part_of(first) * p.taps : p.taps / 2, before = 0;
-        uint32_t a[2][4][4];
+        int32_t tap = first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2;
+        uint32_t a[2][4][4], from[4], before = 0;  // before: the barrier of the weights that were multiplied last
+        auto aim_all = [&] {
+            uint32_t at = aim(row, x_ring.place, tap);
+#pragma unroll
+            for (int k = 0; k < 4; k++) from[k] = at ^ k << 5;
+            hold(from);
+        };
         x_ring.wait_full();
-        pick(a[0], row, x_ring.place, tap);
-        moments.add(a[0]);
+        aim_all();
+        pick(a[0], from);
+        bool there = false;  // the next weights, for all that is known
+        uint64_t b = matrix_at(shared_address(weights));
         auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
-            ring.wait_full();
-            uint64_t b = matrix_at(shared_address(weights + ring.place * kUnit));
+            if (!there) ring.wait_full();
             products_begin();
 #pragma unroll
             for (int k = 0; k < 4; k++) multiply_group(sums, mine[k], b + 2 * k);
             products_commit();
-            products_wait<1>();  // the unit before is multiplied: its weights and registers are free
-            if (lane == 0 && unit > first) barrier_arrive(ring.empty + 8 * before);
-            before = ring.place;
+            uint32_t done = before;
+            before = ring.empty + 8 * ring.place;
             ring.next();
-            bool part_ends = ++tap == p.taps || unit >= p.x_units;
-            if (part_ends) {
-                if (lane == 0) barrier_arrive(x_ring.empty + 8 * x_ring.place);
-                tap = unit + 1 < p.x_units ? 0 : p.taps / 2, x_ring.next();
+            b = matrix_at(shared_address(weights + ring.place * kUnit));
+            there = ring.is_full();
+            if (++tap >= kTaps || unit >= p.x_units) {  // rows of these channels are all in registers
+                if (leads) barrier_arrive(x_ring.empty + 8 * x_ring.place);
+                tap = unit + 1 < p.x_units ? 0 : kTaps / 2, x_ring.next();
+                if (unit + 1 < last) x_ring.wait_full();
             }
-            if (unit + 1 < last) {
-                if (part_ends) x_ring.wait_full();
-                pick(after, row, x_ring.place, tap);
-                moments.add(after);  // while the products run
-            }
+            aim_all();
+            if constexpr (kNorm) moments.add(mine);
+            products_wait<1>();  // the unit before is multiplied: its weights and registers are free
+            if (leads && unit > first) barrier_arrive(done);
+            if (unit + 1 < last) pick(after, from);
         };
         for (int32_t unit = first; unit < last; unit += 2) {
             step(a[0], a[1], unit);
             if (unit + 1 < last) step(a[1], a[0], unit + 1);
         }
+        meanwhile();
         products_wait<0>();
         products_done(sums);
-        moments.join();
-    }
-
-    // This warp's 16 positions × 64 channels of a tap.
-    __device__ __forceinline__ void pick(uint32_t (&a)[4][4], const Row& row, int32_t place, int32_t tap) const {
-        int32_t line = p.taps == 9 ? tap / 3 : 1, column = p.taps == 9 ? tap - 3 * line : 1;
-        int32_t at = row.at + (line - 1) * p.call.width + column - 1;
-        int32_t of_eight = at & (kConvEight - 1), line_of = place * p.x_rows + at;
-        if (!(row.exist >> tap & 1)) line_of = p.x_places * p.x_rows + of_eight;
-        const __half* from = positions + line_of * kConvPitch;
-#pragma unroll
-        for (int k = 0; k < 4; k++) load_matrices(a[k], from + ((2 * k + row.eighth) ^ of_eight) * 8);
     }
 };
 
 // Grid: blocks of a cluster, tiles of filters, tiles of rows.
-template <int kGroups, int kWide, bool kNorm>
+template <int kGroups, int kWide, bool kNorm, int kTaps>
 __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kGroups, kWide))
     conv(const __grid_constant__ ConvWork work) {
-    using Block = ConvBlock<kGroups, kWide, kNorm>;
+    using Block = ConvBlock<kGroups, kWide, kNorm, kTaps>;
     Block block(work);
     const ConvParams& p = work.params;
     // The first threads of two warps.
     bool copies_x = threadIdx.x == Block::kConsumers, copies_weights = threadIdx.x == Block::kConsumers + 32;
-    bool multiplies = threadIdx.x < Block::kConsumers;
+    bool multiplies = threadIdx.x < Block::kConsumers, shared = p.cluster > 1;
     int32_t ahead = min(block.last, block.first + p.places);
     ConvRing ring = block.weights_ring();
     if (copies_x) expect_rows(work.x);
@@ -230,37 +252,40 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         block.begin_barriers();
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
-    const bool direct = Block::kDirect && p.cluster == 1;
     typename Block::Row row{};
-    if (multiplies) block.clear_zeros(), row = block.row();
+    if (multiplies) block.clear_zeros(), block.load_constants(), row = block.row();
     __syncwarp();
-    __syncthreads();  // barriers and zeros are there
+    __syncthreads();  // barriers, zeros and constants are there
+    if (shared) cluster_arrive_read();  // this block has begun: the others may write to its memory
     wait_for_previous();
     if (multiplies) {
         if constexpr (Block::kUneven) registers_more<kConvMoreRegisters>();
         float sums[Block::kSums] = {};
         typename Block::Moments moments;
-        block.multiply(sums, moments, row);
+        typename Block::Residual residuals[Block::kHeld];
+        auto ask = [&] { block.ask_first(residuals); };
+        block.multiply(sums, moments, row, ask);
         let_next_begin();  // not before: its blocks would take places from those of another stream
-        if (direct) {
-            p.call.gate ? block.template store_own<1>(sums, moments) : block.template store_own<0>(sums, moments);
-        } else {
-            group_sync<1>(0, Block::kConsumers);  // nobody reads weights or positions any more
-            block.lay_out(sums, moments);
-        }
+        if constexpr (kNorm) moments.join();
+        auto store = [&](auto gate) {
+            constexpr int kGate = decltype(gate)::value;
+            if (!shared) return block.template store_own<kGate>(sums, moments, residuals);
+            cluster_wait();
+            block.template give<kGate>(sums, moments);
+            cluster_arrive(), cluster_wait();  // all have given
+            block.template store_given<kGate>(residuals);
+        };
+        if constexpr (Block::kGates)
+            if (p.call.gate) store(std::integral_constant<int, 1>{});
+        if (!Block::kGates || !p.call.gate) store(std::integral_constant<int, 0>{});
     } else {
         if constexpr (Block::kUneven) registers_less<kConvFewRegisters>();
         if (copies_x) block.copy_positions();
         if (copies_weights) block.copy_weights(ring, ahead, block.last);
+        __syncwarp();
+        if (shared) cluster_wait(), cluster_arrive(), cluster_wait();
     }
-    __syncwarp();
-    if (direct) return __syncthreads();  // no thread ends before its copies
-    if constexpr (Block::kUneven) multiplies ? registers_less<kConvRegisters>() : registers_more<kConvRegisters>();
-    typename Block::Piece piece = block.first_piece();
-    __syncthreads();  // the sums are there
-    if (p.cluster > 1) cluster_arrive(), cluster_wait();
-    block.store(piece);
-    if (p.cluster > 1) cluster_arrive_read(), cluster_wait();  // nobody reads this block's memory any more
+    if (!shared) __syncthreads();  // no thread ends before its copies
 }
 
 // Do a call with `launch(kernel, grid, cluster, threads, bytes of shared memory, params)`; false where its shape has no
@@ -281,9 +306,10 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     auto cut = [&](auto groups, auto norm) {
         constexpr int kGroups = decltype(groups)::value;
         constexpr bool kNorm = decltype(norm)::value;
-        if (plan.wide == 64) return go(conv<kGroups, 64, kNorm>);
-        if (plan.wide == 128) return go(conv<kGroups, 128, kNorm>);
-        return plan.wide == 192 ? go(conv<kGroups, 192, kNorm>) : go(conv<kGroups, 256, kNorm>);
+        if (p.taps == 9) return plan.wide == 64 ? go(conv<kGroups, 64, false, 9>) : go(conv<kGroups, 128, false, 9>);
+        if (plan.wide == 64) return go(conv<kGroups, 64, kNorm, 1>);
+        if (plan.wide == 128) return go(conv<kGroups, 128, kNorm, 1>);
+        return plan.wide == 192 ? go(conv<kGroups, 192, kNorm, 1>) : go(conv<kGroups, 256, kNorm, 1>);
     };
     std::integral_constant<int, 1> one;
     std::integral_constant<int, 2> two;

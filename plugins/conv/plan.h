@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "../clusters.cuh"
 #include "call.h"
 
 namespace canny {
@@ -17,7 +18,6 @@ constexpr int kConvMostBox = 256;          // rows of a copy
 constexpr int kConvWarpgroup = 128;
 constexpr int kConvMostBytes = 227 << 10;  // of shared memory that a block may have
 constexpr int kConvHalfBytes = 113 << 10;  // and with another on its processor
-constexpr int kConvProcessors = 132;       // of the GPU that calls are cut for, an H200
 constexpr int kConvMostGroups = 2, kConvMostCluster = 8;
 constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
@@ -26,7 +26,7 @@ struct ConvParams {
     int32_t out_height, out_width, rows;  // rows: B·h·w of y
     int32_t taps, x_units, units;         // x_units: taps · channels / 64; units: with those of the second map
     int32_t cluster, share, rest;         // units of a block, of which the first `rest` have one more
-    uint32_t by_width, by_height, by_residual;  // inverses of out_width, out_height, rows of the residual
+    uint32_t by_width, by_height, by_residual, by_cluster;  // inverses of out_width, out_height, rows of the residual, cluster
     // Rows of a copy of x, or of the second map; how many copies of x are all that a tile needs; rows of a place, places,
     // and those for weights.
     int32_t x_box, second_box, x_boxes, x_rows, x_places, places;
@@ -57,6 +57,14 @@ constexpr bool conv_gates(int32_t groups, int32_t wide) { return groups == 1 || 
 
 // How many blocks a processor has registers for.
 constexpr int32_t conv_together(int32_t groups, int32_t wide) { return groups * wide <= 128 ? 2 : 1; }
+
+// Bytes of what a block has of a piece of a tile, see tile.cuh; and of all that the blocks of a cluster give to one.
+constexpr int32_t conv_part(int32_t gate, bool norm) { return ((4 << gate) + norm) * 32 * 16; }
+
+constexpr int32_t conv_parts(int32_t groups, int32_t wide, int32_t cluster, int32_t gate, bool norm) {
+    int32_t pieces = 4 * groups * (wide / 32 >> gate);
+    return cluster == 1 ? 0 : (pieces + cluster - 1) / cluster * cluster * conv_part(gate, norm);
+}
 
 #ifdef __CUDACC__
 #define CANNY_BOTH __host__ __device__ __forceinline__
@@ -95,11 +103,10 @@ CANNY_BOTH ConvRange conv_range(const ConvParams& p, int32_t first_row, int32_t 
 
 constexpr int32_t conv_eights(int32_t rows) { return (rows + kConvEight - 1) / kConvEight * kConvEight; }
 
-// Places for as much as fits, beside another block if it can be: the next kernel's begins to read weights while this
-// one ends. False where two of each do not fit.
-inline bool conv_places(ConvPlan& plan) {
+// What a tile needs of x at a time.
+inline void conv_extent(ConvPlan& plan) {
     ConvParams& p = plan.params;
-    int32_t high = 64 * plan.groups, fixed = kConvEight * kConvPitch * 2 + kConvAlign, most_x = 0, most_second = 0;
+    int32_t high = 64 * plan.groups, most_x = 0, most_second = 0;
     p.second_box = conv_eights(p.taps == 1 ? high : high + kConvEight - 1);
     for (int32_t row = 0; row < p.rows; row += high) {
         ConvRange range = conv_range(p, row, high);
@@ -111,15 +118,23 @@ inline bool conv_places(ConvPlan& plan) {
     p.x_box = conv_eights((most_x + p.x_boxes - 1) / p.x_boxes);
     p.x_rows = p.x_boxes * p.x_box;
     if (p.call.second_channels && most_second > p.x_rows) p.x_rows = most_second;
+}
+
+// Places for as much as fits, beside another block if it can be: the next kernel's begins to read weights while this
+// one ends. False where two of each do not fit.
+inline bool conv_places(ConvPlan& plan) {
+    ConvParams& p = plan.params;
+    bool norm = p.call.weight_sums;
+    int32_t fixed = kConvEight * kConvPitch * 2 + kConvAlign + plan.wide * (1 + norm) * int32_t(sizeof(float)) +
+                    conv_parts(plan.groups, plan.wide, p.cluster, p.call.gate, norm);
     int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2;
-    p.x_places = p.taps == 1 ? 4 : p.call.second_channels ? 3 : 2;  // the second map has one tap
-    p.places = plan.wide == 128 ? 6 : 8;
+    int32_t x_places = p.taps == 1 ? 4 : p.call.second_channels ? 3 : 2;  // the second map has one tap
+    int32_t places = plan.wide == 128 ? 6 : 8;
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
-    int32_t sums = kConvAlign + high * (plan.wide + 8) * int32_t(sizeof(float)), x_places = p.x_places, places = p.places;
     for (int32_t most : {conv_together(plan.groups, plan.wide) > 1 ? kConvHalfBytes : 0, kConvMostBytes}) {
         p.x_places = x_places, p.places = places;
         while (sum() > most && (p.places > 4 || p.x_places > 2)) p.places > 4 ? p.places-- : p.x_places--;
-        plan.bytes = sum() > sums ? sum() : sums;
+        plan.bytes = sum();
         if (plan.bytes <= most) return true;
     }
     return false;
@@ -133,46 +148,42 @@ inline int32_t conv_beside(const ConvPlan& plan) {
 // Alone on the GPU, a kernel of few blocks takes so much memory that no two of them share a processor: they are set up
 // while the kernel before still has most processors, and would crowd on the others.
 inline void conv_spread(ConvPlan& plan) {
-    bool few = plan.tiles * plan.params.cluster <= kConvProcessors && !plan.params.call.beside;
+    bool few = plan.tiles * plan.params.cluster <= kProcessors && !plan.params.call.beside;
     if (few && plan.bytes <= kConvHalfBytes) plan.bytes = kConvHalfBytes + 1024;
 }
 
-// What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured of 1,893 cuts of 76 shapes, of which it
-// chooses one that is 0.9% slower than the best, on average.
+// What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 1,542 cuts of 67 shapes, of
+// which it chooses one that is 1.3% slower than the best, on average. The rate of memory alone is an H200's, by a fit before.
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
-    constexpr double kClock = 1.755, kWeightsRate = 5134.;     // per ns: clocks, bytes from memory
-    constexpr double kShared = 9.7, kDirect = 7.5, kGate = 8.1;  // for the sums of a filter and 64 rows
-    constexpr int32_t kParts = 8, kProcessors = 16, kLost = 3;   // a cluster lies in one of 8 parts; some are split up
-    constexpr int32_t kMany = 120, kSome = 70;                   // blocks
+    constexpr double kClock = 1.755, kWeightsRate = 5134.;      // per ns: clocks, bytes from memory
+    constexpr double kOwn = 2.1, kShared = 5.1, kGate = 5.8;    // for the sums of a filter and 64 rows
+    constexpr int32_t kMany = 120;                              // blocks
     bool norm = p.call.weight_sums != nullptr;
-    int32_t together = conv_beside(plan);
-    int32_t at_once = p.cluster > 1 ? kParts * (kProcessors * together / p.cluster) - kLost : kConvProcessors * together;
+    int32_t together = conv_beside(plan), at_once = kClustersAtOnce[p.cluster - 1] * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
-    double busy = together == 1 ? 1 : blocks > kMany ? 2.1 : blocks > kSome ? 1.03 : 1;
+    double busy = together == 1 ? 1 : blocks > kMany ? 2.12 : 0;
     // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
     auto unit = [&](int32_t taps) {
-        double shared = plan.groups * (55.7 + plan.wide + 36.4 / taps) + plan.wide;
-        double busy_with = 1.24 * busy * shared / kClock, alone = 86.7 + 86.3 * plan.groups;
-        return (busy_with > alone ? busy_with : alone) + (norm ? 19.5 : 0.);
+        double shared = plan.groups * (23. + plan.wide + 60.9 / taps) + plan.wide;
+        double busy_with = 1.65 * busy * shared / kClock, alone = 120.3 + 79.6 * plan.groups;
+        return (busy_with > alone ? busy_with : alone) + (norm ? 78.2 : 0.);
     };
     int32_t share = (p.units + p.cluster - 1) / p.cluster, single = p.units - p.x_units;  // the second map's
     if (single > share) single = share;  // in the last block of a cluster
     double main = turns * ((share - single) * unit(p.taps) + single * unit(1));
     double readers = double(blocks) * plan.wide / 9416.;  // so many halves ahead keep the memory busy
     double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
-    bool direct = plan.wide > kConvNarrow && p.cluster == 1;  // from registers to memory
-    double sums = ((direct ? kDirect : kShared) + (p.call.gate ? kGate : 0.)) * plan.groups * plan.wide * turns;
-    double rest = 2693. + sums + 247. * (p.cluster - 1) + 2991. * (turns - 1);
-    rest += (blocks >= kMany ? 852. : 0.) + (norm ? 321. : 0.);
-    return int32_t((main > weights ? main : weights) + rest);
+    double sums = ((p.cluster == 1 ? kOwn : kShared) + (p.call.gate ? kGate : 0.)) * plan.groups * plan.wide * turns;
+    double rest = 1944. + sums + 312. * (p.cluster - 1) + (p.cluster > 1 ? 261. : 0.) + 3162. * (turns - 1);
+    return int32_t((main > weights ? main : weights) + rest + (blocks >= kMany ? 417. : 0.));
 }
 
 // The time, but less for a cut that leaves a part of the GPU to another stream, where there is one. The exponent is the best
 // of 0, 0.15, 0.3 and 0.45 for the half of a step that has two.
 inline int32_t conv_cost(const ConvPlan& plan) {
     if (!plan.params.call.beside) return plan.predicted;
-    double taken = double(plan.tiles) * plan.params.cluster / (kConvProcessors * conv_beside(plan));
+    double taken = double(plan.tiles) * plan.params.cluster / (kProcessors * conv_beside(plan));
     return int32_t(plan.predicted * std::pow(taken < 1 ? taken : 1., 0.3));
 }
 
@@ -209,15 +220,15 @@ inline ConvPlan conv_plan(const CannyConv& call) {
         plan.params = p;
         plan.wide = wide;
         plan.groups = groups;
-        if (!conv_places(plan)) continue;
+        conv_extent(plan);
         plan.tiles = call.filters / wide * ((p.rows + high - 1) / high);
-        int32_t bytes = plan.bytes;
         for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
             if (call.cluster && call.cluster != cluster) continue;
             plan.params.cluster = cluster;
+            plan.params.by_cluster = conv_inverse(cluster);
             plan.params.share = p.units / cluster;
             plan.params.rest = p.units % cluster;
-            plan.bytes = bytes;
+            if (!conv_places(plan)) continue;
             conv_spread(plan);
             plan.predicted = conv_predicted(plan);
             plan.cost = conv_cost(plan);

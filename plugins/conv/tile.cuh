@@ -1,4 +1,8 @@
 // A tile of a convolution once it is summed up: LayerNorm, bias, residual and gate, and to memory.
+//
+// It goes by pieces: 16 rows, which are a warp's, and the filters that make 32 numbers of y. Blocks that share a tile each
+// finish some of its pieces. What the others have of them they write to that block's shared memory, in the order of their
+// own registers, so that a warp which finishes a piece reads it as if the sums had been its own.
 #pragma once
 
 #include "plan.h"
@@ -36,12 +40,12 @@ __device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
 // kNorm: with a LayerNorm before it.
 template <int kGroups, int kWide, bool kNorm>
 struct ConvTile {
-    static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kSumsPitch = kWide + 8;  // pitch: no bank conflicts
-    static constexpr int kVectors = kWide / 8;                                             // pieces of a row
-    static constexpr bool kGates = conv_gates(kGroups, kWide);
+    static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kWarps = 4 * kGroups;
+    static constexpr int kHeld = kWide > kConvNarrow ? 1 : kWide / 32;  // pieces of a warp whose residual is asked for early
 
     const ConvParams& p;
     char* memory;
+    float *constants, *parts;  // biases and sums of weights; what other blocks have of this one's pieces
     int32_t first_row, first_filter, rank;
 
     __device__ __forceinline__ explicit ConvTile(const ConvParams& params) : p(params) {
@@ -57,7 +61,7 @@ struct ConvTile {
 
         __device__ __forceinline__ void add(const uint32_t (&a)[4][4]) {
 #pragma unroll
-            for (int i = 0; i < (kNorm ? 32 : 0); i++) {
+            for (int i = 0; i < 32; i++) {
                 float value = to_float(reinterpret_cast<const __half*>(&a[i / 8][i / 2 % 4])[i % 2]);
                 x[i / 2 % 2] += value, squares[i / 2 % 2] += value * value;
             }
@@ -66,24 +70,18 @@ struct ConvTile {
         // With those of the three other lanes that have the same rows.
         __device__ __forceinline__ void join() {
 #pragma unroll
-            for (int i = 0; i < (kNorm ? 4 : 0); i++) {
+            for (int i = 0; i < 4; i++) {
                 float& sum = i < 2 ? x[i] : squares[i - 2];
                 for (int mask = 1; mask <= 2; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
             }
         }
     };
 
-    // The moments go to where a row has no sums.
-    __device__ __forceinline__ void lay_out(const float (&sums)[kSums], const Moments& moments) const {
-        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-        float* to = reinterpret_cast<float*>(memory) + row * kSumsPitch + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < kSums; i += 2)
-            *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * kSumsPitch + i / 4 * 8) = make_float2(sums[i], sums[i + 1]);
-#pragma unroll
-        for (int i = 0; i < (kNorm ? 2 : 0); i++) {
-            to = reinterpret_cast<float*>(memory) + (row + 8 * i) * kSumsPitch + kWide;
-            if (lane % 4 == 0) *reinterpret_cast<float2*>(to) = make_float2(moments.x[i], moments.squares[i]);
+    // Have biases, and sums of weights, at hand.
+    __device__ __forceinline__ void load_constants() const {
+        for (int32_t i = threadIdx.x; i < kWide; i += 32 * kWarps) {
+            constants[i] = p.call.bias[first_filter + i];
+            if constexpr (kNorm) constants[kWide + i] = p.call.weight_sums[first_filter + i];
         }
     }
 
@@ -97,149 +95,146 @@ struct ConvTile {
         return {mean, rsqrtf(fmaxf(square - mean * mean, 0.f) + p.call.epsilon)};
     }
 
-    // Which line of the residual a row has added.
-    __device__ __forceinline__ int32_t residual_row(int32_t row) const {
-        return row - conv_divide(row, p.by_residual) * p.call.residual_batch * p.out_height * p.out_width;
+    // A lane's part of a piece: its first row, the other being 8 below, and its first column of y.
+    struct Place {
+        int32_t row, column;
+    };
+
+    __device__ __forceinline__ Place place_of(int32_t slab, int32_t section) const {
+        int32_t lane = threadIdx.x % 32;
+        return {first_row + slab * 16 + lane / 4, (first_filter >> p.call.gate) + section * 32 + lane % 4 * 8};
     }
 
-    // Two sums of a thread, of those in `sums` from `at` on, with LayerNorm and bias; their filter is the first of both.
-    __device__ __forceinline__ float2 made(const float (&sums)[kSums], int at, const Norm& norm, int32_t filter) const {
-        float2 bias = *reinterpret_cast<const float2*>(p.call.bias + filter), y = make_float2(sums[at], sums[at + 1]);
+    // The piece that is number `slot` of this block's, or of this warp's where no other block shares the tile.
+    __device__ __forceinline__ Place place_in_turn(int32_t slot) const {
+        if (p.cluster == 1) return place_of(threadIdx.x / 32, slot);
+        int32_t piece = (threadIdx.x / 32 + slot * kWarps) * p.cluster + rank;
+        return place_of(piece % kWarps, piece / kWarps);
+    }
+
+    using Residual = uint32_t[2][4];
+
+    __device__ __forceinline__ void ask(Residual& residual, const Place& to) const {
+        const CannyConv& c = p.call;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int32_t row = to.row + 8 * i, lines = c.residual_batch * p.out_height * p.out_width;
+            for (uint32_t& word : residual[i]) word = 0;
+            if (!c.residual || row >= p.rows || to.column >= (first_filter + kWide) >> c.gate) continue;
+            int64_t from = int64_t(row - conv_divide(row, p.by_residual) * lines) * c.filters + to.column;
+            load_words(residual[i], static_cast<const __half*>(c.residual) + from);
+        }
+    }
+
+    __device__ __forceinline__ void ask_first(Residual (&residuals)[kHeld]) const {
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) ask(residuals[i], place_in_turn(i));
+    }
+
+    // Two sums of a thread, of those in `sums` from `at` on, with LayerNorm and bias, of this filter of the tile and the next.
+    template <int kCount>
+    __device__ __forceinline__ float2 made(const float (&sums)[kCount], int at, const Norm& norm, int32_t filter) const {
+        float2 bias = *reinterpret_cast<const float2*>(constants + filter), y = make_float2(sums[at], sums[at + 1]);
         if constexpr (kNorm) {
-            float2 of_filters = *reinterpret_cast<const float2*>(p.call.weight_sums + filter);
+            float2 of_filters = *reinterpret_cast<const float2*>(constants + kWide + filter);
             y.x = norm.by * (y.x - norm.mean * of_filters.x), y.y = norm.by * (y.y - norm.mean * of_filters.y);
         }
         return make_float2(y.x + bias.x, y.y + bias.y);
     }
 
-    // Store the sums from the registers that they are in, kGate: as a · GELU(b). A lane has two of every eight filters, and
-    // four lanes swap theirs, so that each has eight side by side, and all of them 64 bytes.
-    template <int kGate>
-    __device__ __forceinline__ void store_own(const float (&sums)[kSums], const Moments& moments) const {
-        const CannyConv& c = p.call;
-        int32_t lane = threadIdx.x % 32, first = first_row + threadIdx.x / 32 * 16 + lane / 4;
-        Norm norms[2];
-        if constexpr (kNorm)
-            for (int i = 0; i < 2; i++) norms[i] = norm_of(moments.x[i], moments.squares[i]);
+    // Store a piece of the sums from `begin` on, kGate: as a · GELU(b). A lane has two of every eight filters, and four
+    // lanes swap theirs, so that each has eight side by side, and all of them 64 bytes.
+    template <int kGate, int kCount>
+    __device__ __forceinline__ void finish(
+        const float (&sums)[kCount], int begin, const Moments& moments, const Place& to, Residual& residual
+    ) const {
+        int32_t first = ((to.column - (first_filter >> kGate)) / 32 * 32 << kGate) + threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < kSums / 8 >> kGate; i++) {
-            int32_t row = first + i % 2 * 8, column = (first_filter >> kGate) + i / 2 * 32 + lane % 4 * 8;
-            uint32_t words[4] = {};
-            if (!kGate && c.residual) {
-                int64_t from = int64_t(residual_row(row)) * c.filters + column;
-                if (row < p.rows) load_words(words, static_cast<const __half*>(c.residual) + from);
-                swap_words(words);
-            }
+        for (int i = 0; i < 2; i++) {
+            Norm norm;
+            if constexpr (kNorm) norm = norm_of(moments.x[i], moments.squares[i]);
+            uint32_t(&words)[4] = residual[i];
+            if (!kGate && p.call.residual) swap_words(words);
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                int eight = (i / 2 * 4 + k) << kGate, at = eight * 4 + i % 2 * 2;
-                int32_t filter = first_filter + eight * 8 + lane % 4 * 2;
+                int eight = k << kGate, at = begin + eight * 4 + i * 2;
                 const __half* more = reinterpret_cast<const __half*>(&words[k]);
-                float2 y = made(sums, at, norms[i % 2], filter);
+                float2 y = made(sums, at, norm, first + eight * 8);
                 if constexpr (kGate) {
-                    float2 b = made(sums, at + 4, norms[i % 2], filter + 8);
+                    float2 b = made(sums, at + 4, norm, first + eight * 8 + 8);
                     words[k] = pack(y.x * gelu(b.x), y.y * gelu(b.y));
                 } else {
                     words[k] = pack(y.x + to_float(more[0]), y.y + to_float(more[1]));
                 }
             }
             swap_words(words);
-            if (row < p.rows) store_words(words, static_cast<__half*>(c.y) + int64_t(row) * (c.filters >> kGate) + column);
+            int64_t line = int64_t(to.row + 8 * i) * (p.call.filters >> kGate);
+            if (to.row + 8 * i < p.rows) store_words(words, static_cast<__half*>(p.call.y) + line + to.column);
         }
     }
 
-    // Eight filters of a row, which a thread stores: this is number `at` of the tile, with its bias and residual, which
-    // are asked for before the sums are there.
-    struct Piece {
-        int32_t at;
-        Vector<float> bias, weight_sums;
-        Vector<__half> residual;
-    };
-
-    __device__ __forceinline__ void ask(Piece& piece, int32_t at) const {
-        const CannyConv& c = p.call;
-        int32_t row = first_row + at / kVectors, filter = first_filter + at % kVectors * 8;
-        piece.at = at;
-        if (at >= kHigh * kVectors || row >= p.rows) return;
-        piece.bias.load(c.bias + filter);
-        if constexpr (kNorm) piece.weight_sums.load(c.weight_sums + filter);
-        if (!c.residual) return;
-        piece.residual.load(static_cast<const __half*>(c.residual) + int64_t(residual_row(row)) * c.filters + filter);
-    }
-
-    __device__ __forceinline__ Piece first_piece() const {
-        Piece piece;
-        ask(piece, (rank * blockDim.x + threadIdx.x) << p.call.gate);
-        return piece;
-    }
-
-    // Add up this block's share of the tile over the cluster, with bias, residual and gate, and store it.
-    __device__ __forceinline__ void store(Piece& next) const {
-        int32_t count = (p.rows - first_row < kHigh ? p.rows - first_row : kHigh) * kVectors;
-        int32_t gate = kGates ? p.call.gate : 0, step = p.cluster * blockDim.x << gate;
-        while (next.at < count) {
-            Piece piece = next;
-            if constexpr (!kNorm) ask(next, piece.at + step);
-            int32_t row = piece.at / kVectors, column = piece.at % kVectors * 8;
-            float(&y)[8] = piece.bias.value;
-            total(piece);
-            if (gate) {
-                Piece b;
-                ask(b, piece.at + 1);
-                total(b);
-#pragma unroll
-                for (int k = 0; k < 8; k++) y[k] *= gelu(b.bias.value[k]);
-            }
-            Vector<__half>& v = piece.residual;
-            if (p.call.residual)
-#pragma unroll
-                for (int k = 0; k < 8; k++) y[k] += to_float(v.value[k]);
-#pragma unroll
-            for (int k = 0; k < 8; k++) from_float(y[k], v.value[k]);
-            int64_t to = int64_t(first_row + row) * (p.call.filters >> gate) + ((first_filter + column) >> gate);
-            v.store(static_cast<__half*>(p.call.y) + to);
-            if constexpr (kNorm) ask(next, piece.at + step);  // no registers for two
-        }
-    }
-
-    // Put what a piece's sums are, with LayerNorm and bias, where its bias is.
-    __device__ __forceinline__ void total(Piece& piece) const {
-        const float* row = reinterpret_cast<const float*>(memory) + piece.at / kVectors * kSumsPitch;
-        float zeros[8] = {}, moments[2] = {};
-        float(&y)[8] = kNorm ? zeros : piece.bias.value;
-        add_up(y, moments, row, piece.at % kVectors * 8);
-        if constexpr (!kNorm) return;
-        Norm norm = norm_of(moments[0], moments[1]);
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            piece.bias.value[k] += norm.by * (y[k] - norm.mean * piece.weight_sums.value[k]);
-    }
-
-    // Add up eight sums of a row from a column on, and its moments: four blocks at a time, of which everything is asked
-    // for before anything is added, since the way to their memory is long. Each block begins with its own, so that no
-    // memory is asked by all of them at once.
+    // Store the warp's pieces of its own sums.
+    template <int kGate>
     __device__ __forceinline__ void
-    add_up(float (&y)[8], float (&moments)[2], const float* row, int32_t column) const {
+    store_own(const float (&sums)[kSums], const Moments& moments, Residual (&residuals)[kHeld]) const {
 #pragma unroll
-        for (int from = 0; from < kConvMostCluster; from += 4) {
-            float4 parts[4][2];
-            float2 more[4];
+        for (int i = 0; i < kWide / 32 >> kGate; i++) {
+            Place to = place_in_turn(i);
+            if (i >= kHeld) ask(residuals[i % kHeld], to);
+            finish<kGate>(sums, i * (16 << kGate), moments, to, residuals[i % kHeld]);
+        }
+    }
+
+    // Floats of what a block has of a piece, for all lanes: four for each eight filters, and the moments.
+    template <int kGate>
+    static constexpr int kPart = conv_part(kGate, kNorm) / int(sizeof(float));
+
+    // Write the sums, which are in registers, to the blocks that finish their pieces.
+    template <int kGate>
+    __device__ __forceinline__ void give(const float (&sums)[kSums], const Moments& moments) const {
+        int32_t lane = threadIdx.x % 32;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int32_t other = rank + from + i < p.cluster ? rank + from + i : rank + from + i - p.cluster;
-                if (from + i < p.cluster)
-                    for (int k = 0; k < 2; k++) parts[i][k] = cluster_read_4(row + column + 4 * k, other);
-                if (kNorm && from + i < p.cluster) more[i] = cluster_read_2(row + kWide, other);
+        for (int t = 0; t < kWide / 32 >> kGate; t++) {
+            int32_t piece = t * kWarps + threadIdx.x / 32, slot = conv_divide(piece, p.by_cluster);
+            const float* place = parts + (slot * p.cluster + rank) * kPart<kGate> + lane * 4;
+            uint32_t to = cluster_address(place, piece - slot * p.cluster);
+#pragma unroll
+            for (int j = 0; j < 4 << kGate; j++) {
+                const float* four = sums + (t * (4 << kGate) + j) * 4;
+                cluster_write_4(to + j * 512, four[0], four[1], four[2], four[3]);
             }
+            if constexpr (kNorm)
+                cluster_write_4(
+                    to + (4 << kGate) * 512, moments.x[0], moments.squares[0], moments.x[1], moments.squares[1]
+                );
+        }
+    }
+
+    // Add up what all blocks have of this warp's pieces, always in the same order, and store them.
+    template <int kGate>
+    __device__ __forceinline__ void store_given(Residual (&residuals)[kHeld]) const {
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (from + i < p.cluster) {
-                    for (int k = 0; k < 2; k++) {
-                        const float4& part = parts[i][k];
-                        y[4 * k] += part.x, y[4 * k + 1] += part.y, y[4 * k + 2] += part.z, y[4 * k + 3] += part.w;
-                    }
-                    if constexpr (kNorm) moments[0] += more[i].x, moments[1] += more[i].y;
+        for (int i = 0; i < kWide / 64 >> kGate || i == 0; i++) {  // as many as two blocks have each
+            int32_t slot = threadIdx.x / 32 + i * kWarps;
+            if (slot * p.cluster + rank >= (kWide / 32 >> kGate) * kWarps) return;
+            const float4* part = reinterpret_cast<const float4*>(parts + slot * p.cluster * kPart<kGate>) +
+                                 threadIdx.x % 32;
+            float sums[16 << kGate] = {};
+            Moments moments;
+#pragma unroll 2
+            for (int32_t other = 0; other < p.cluster; other++, part += kPart<kGate> / 4) {
+#pragma unroll
+                for (int j = 0; j < 4 << kGate; j++) {
+                    float4 four = part[j * 32];
+                    sums[4 * j] += four.x, sums[4 * j + 1] += four.y, sums[4 * j + 2] += four.z, sums[4 * j + 3] += four.w;
                 }
+                if constexpr (!kNorm) continue;
+                float4 four = part[(4 << kGate) * 32];
+                moments.x[0] += four.x, moments.squares[0] += four.y, moments.x[1] += four.z, moments.squares[1] += four.w;
+            }
+            Place to = place_in_turn(i);
+            if (i >= kHeld) ask(residuals[i % kHeld], to);
+            finish<kGate>(sums, 0, moments, to, residuals[i % kHeld]);
         }
     }
 };

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "../clusters.cuh"
+
 namespace canny {
 
 enum class Path : int32_t {
@@ -119,10 +121,9 @@ inline Plan plan_linear(const Shape& shape) {
     return plan;
 }
 
-// How often a large GPU is filled: an H200 has so many clusters of 1, 2, … large blocks at once, of small ones twice as many.
+// How often a large GPU is filled.
 constexpr int32_t plan_turns(const Plan& plan, int32_t batch) {
-    constexpr int32_t kAtOnce[] = {132, 66, 39, 30, 22, 18, 16, 15};
-    int32_t large = plan.slices > 8 ? 1 : kAtOnce[plan.slices - 1];
+    int32_t large = plan.slices > 8 ? 1 : kClustersAtOnce[plan.slices - 1];
     return ceil_div(plan.tiles * batch, plan.batches <= 2 ? 2 * large : large);
 }
 
