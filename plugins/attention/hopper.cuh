@@ -218,6 +218,7 @@ struct HopperBlock {
         if (turn) release(values_full(turn - 1));
         weigh(weights, state.total, state.most, scores);
         products_hold(weights);
+        barrier_wait(values_full(turn), round(turn) & 1);
         products_wait<0>();  // the next scores are there
         products_done(state.y);
         if constexpr (kMore) products_done(next), release(keys_full(turn + 1));
@@ -225,7 +226,6 @@ struct HopperBlock {
 #pragma unroll
             for (int i = 0; i < D / 2; i++) state.y[i] *= state.shrink[i / 2 % 2];
         }
-        barrier_wait(values_full(turn), round(turn) & 1);
         uint64_t b = rows_at(values_of(turn), kBox * 2);
         products_begin();
 #pragma unroll
