@@ -28,6 +28,7 @@
 namespace canny {
 
 constexpr int32_t kHopperGroup = 128, kHopperMostGroups = 3, kHopperMostSplits = 8;  // threads, warpgroups, cluster
+constexpr int32_t kHopperMostHeads = 8191, kHopperMostTokens = 1 << 22;              // that `divide` and a grid take
 constexpr int32_t kHopperPlaces = CANNY_ATTENTION_PLACES, kHopperAlign = 1024;       // the swizzle's
 constexpr int32_t kHopperThreads = (kHopperMostGroups + 1) * kHopperGroup;
 constexpr int32_t kHopperRegisters = 160, kHopperFewRegisters = 32;  // of a thread that multiplies, or copies; of 128
@@ -36,7 +37,9 @@ constexpr int32_t kHopperRegisters = 160, kHopperFewRegisters = 32;  // of a thr
 struct HopperWork {
     HeadMap k, v;
     CannyAttention call;
-    int32_t groups, splits, tiles;  // warpgroups of a block, blocks of a cluster, of keys
+    int32_t groups, splits;          // warpgroups of a block, blocks of a cluster
+    int32_t tiles, share, rest;      // of keys; a block has `share`, the first `rest` blocks one more
+    uint32_t by_heads;               // their inverse
 };
 
 // 2 to the power of x, below 2^8, off by 7.5e-5 of itself: x is a whole number, which goes to the exponent, and a part.
@@ -67,7 +70,7 @@ struct HopperBlock {
     const CannyAttention& p;
     uint32_t keys, values, barriers;  // addresses: tiles and then barriers, full and empty of keys, then of values
     float* merged;                    // sums of a row, then (maximum, sum of weights) of all rows
-    int32_t rank, lane, row, pair, first_query, first, turns;
+    int32_t rank, first, turns, first_query, batch, head, lane, row, pair;
     float scale;
 
     __device__ __forceinline__ explicit HopperBlock(const HopperWork& given) : work(given), p(given.call) {
@@ -76,10 +79,12 @@ struct HopperBlock {
         values = keys + kHopperPlaces * kTile * 2;
         barriers = values + kHopperPlaces * kTile * 2;
         merged = reinterpret_cast<float*>(memory + kHopperPlaces * kTile * 4 + kBarriers * 8);
-        rank = blockIdx.x % work.splits;
-        first = rank * work.tiles / work.splits;
-        turns = (rank + 1) * work.tiles / work.splits - first;
-        first_query = blockIdx.x / work.splits * work.groups * 64;
+        rank = blockIdx.x;
+        first = rank * work.share + min(rank, work.rest);
+        turns = work.share + (rank < work.rest);
+        first_query = blockIdx.y * work.groups * 64;
+        batch = divide(blockIdx.z, work.by_heads);
+        head = blockIdx.z - batch * p.heads;
         lane = threadIdx.x % 32;
         row = threadIdx.x / 32 * 16 + lane / 4;
         pair = lane % 4 * 2;
@@ -114,7 +119,7 @@ struct HopperBlock {
         barrier_expect(full, kTile * 2);
 #pragma unroll
         for (int32_t i = 0; i < kBoxes; i++)
-            copy_head(to + i * kBox * 2, map, blockIdx.z, (first + turn) * kKeys, blockIdx.y, i * 64, full);
+            copy_head(to + i * kBox * 2, map, batch, (first + turn) * kKeys, head, i * 64, full);
     }
 
     __device__ __forceinline__ void copy_all() const {
@@ -130,8 +135,8 @@ struct HopperBlock {
     }
 
     __device__ __forceinline__ void load_queries(Queries& q) const {
-        int64_t start = int64_t(blockIdx.z % p.query_batch) * p.tokens * p.q_stride + int64_t(blockIdx.y) * D;
-        const __half* from = static_cast<const __half*>(p.q) + start + pair;
+        int32_t of = batch < p.query_batch ? batch : batch % p.query_batch;
+        const __half* from = static_cast<const __half*>(p.q) + int64_t(of) * p.tokens * p.q_stride + head * D + pair;
 #pragma unroll
         for (int i = 0; i < 4 * kSteps; i++) {
             int32_t token = first_query + row + i % 2 * 8, column = i / 2 * 8;
@@ -261,7 +266,7 @@ struct HopperBlock {
     }
 
     __device__ __forceinline__ __half* result(int32_t token) const {
-        return static_cast<__half*>(p.y) + (int64_t(blockIdx.z) * p.tokens + token) * p.y_stride + blockIdx.y * D;
+        return static_cast<__half*>(p.y) + (int64_t(batch) * p.tokens + token) * p.y_stride + head * D;
     }
 
     // The result of a block that had all keys.
@@ -294,10 +299,10 @@ struct HopperBlock {
         }
     }
 
-    // And add up a part of the result.
+    // And add up a part of the result, 16 bytes of it at a time.
     __device__ __forceinline__ void merge() const {
-        int32_t pieces = work.groups * 64 * kWide, end = (rank + 1) * pieces / work.splits;
-        for (int32_t i = rank * pieces / work.splits + threadIdx.x; i < end; i += work.groups * kHopperGroup) {
+        int32_t threads = work.groups * kHopperGroup, pieces = work.groups * 64 * kWide;
+        for (int32_t i = rank * threads + threadIdx.x; i < pieces; i += work.splits * threads) {
             int32_t query = i / kWide, column = i % kWide * 8, token = first_query + query;
             if (token >= p.tokens) break;
             float high = kFar, total = 0.f, sum[kWidth] = {};
@@ -320,7 +325,7 @@ struct HopperBlock {
     }
 };
 
-// Grid: blocks of a cluster and 64 queries a warpgroup, heads, B.
+// Grid: blocks of a cluster, of 64 queries a warpgroup, heads of all of B.
 template <int D, int kKeys>
 __global__ void __launch_bounds__(kHopperThreads, 1) hopper_attention(const __grid_constant__ HopperWork work) {
     using Block = HopperBlock<D, kKeys>;
@@ -356,6 +361,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_attention(const __gr
     cluster_arrive_read(), cluster_wait();  // nobody reads this block's memory any more
 }
 
+// What `divide` wants to know of the heads.
+constexpr uint32_t by_heads(uint32_t heads) { return uint32_t(((uint64_t(1) << 32) + 2 * heads - 1) / (2 * heads)); }
+
 // Choose warpgroups and blocks of a cluster, where they are 0, so that no processor has much more to do than another: the
 // time is that of the tiles that come after one another, plus that to merge.
 inline void cut_hopper(HopperWork& work, int32_t groups, int32_t splits) {
@@ -371,14 +379,15 @@ inline void cut_hopper(HopperWork& work, int32_t groups, int32_t splits) {
 
 template <int D, int kKeys, typename Launch>
 bool run_hopper(const CannyAttention& call, Launch&& launch) {
-    HopperWork work{{}, {}, call, 0, 0, ceil_div(call.keys, kKeys)};
+    HopperWork work{{}, {}, call, 0, 0, ceil_div(call.keys, kKeys), 0, 0, by_heads(call.heads)};
     if (call.groups > min(kHopperMostSplits, work.tiles)) return false;
     cut_hopper(work, -call.warps, call.groups);
+    work.share = work.tiles / work.splits, work.rest = work.tiles % work.splits;
     auto described = [&](HeadMap& map, const void* x) {
         return describe_heads(map, x, call.batch, call.keys, call.heads, D, call.kv_stride, kKeys);
     };
     if (!described(work.k, call.k) || !described(work.v, call.v)) return false;
-    dim3 grid(ceil_div(call.tokens, 64 * work.groups) * work.splits, call.heads, call.batch);
+    dim3 grid(work.splits, ceil_div(call.tokens, 64 * work.groups), call.batch * call.heads);
     int32_t threads = (work.groups + 1) * kHopperGroup, bytes = HopperBlock<D, kKeys>::shared_bytes(work);
     return launch(hopper_attention<D, kKeys>, grid, work.splits, threads, bytes, work);
 }
@@ -392,7 +401,7 @@ bool run_hopper_attention(const CannyAttention& call, Launch&& launch) {
     bool many = call.width == 40 ? call.keys >= 1024 : call.keys >= 256;
     if (!forced && (call.warps || call.groups || !many)) return false;
     bool sizes = call.batch > 0 && call.query_batch > 0 && call.heads > 0 && call.tokens > 0 && call.keys > 0;
-    if (!sizes || call.batch > 65535 || call.heads > 65535) return false;
+    if (!sizes || int64_t(call.batch) * call.heads > kHopperMostHeads || call.tokens > kHopperMostTokens) return false;
     if (call.q_stride % 8 || call.kv_stride % 8 || call.y_stride % 8) return false;
     if (call.width == 40) return run_hopper<40, CANNY_ATTENTION_KEYS_40>(call, launch);
     return call.width == 80 && run_hopper<80, CANNY_ATTENTION_KEYS_80>(call, launch);
