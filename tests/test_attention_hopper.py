@@ -13,11 +13,12 @@ from plugins.call import Attention, error
 
 KERNELS, SOURCE = PLUGINS / "attention", "attention_hopper_emulated.cpp"
 
-# `warps` forces that many warpgroups a block, `groups` as many blocks of a cluster.
+# `warps` forces that many warpgroups a block, `groups` as many blocks of a cluster. The last tile of queries of those that
+# mistakes are found by goes no further than the guards.
 ONE = Attention(1, 1, 64, 64, 40, warps=-1, groups=1)
-ODD = Attention(2, 2, 100, 200, 40, warps=-2, groups=2)  # four tiles, the last with 8 keys
-WIDE = Attention(1, 2, 100, 331, 80, warps=-2, groups=3)  # seven tiles, for three blocks
-LONG = Attention(1, 1, 70, 650, 40, joined=False, warps=-2, groups=1)  # each place of the ring thrice
+ODD = Attention(2, 2, 110, 200, 40, warps=-2, groups=2)  # four tiles, the last with 8 keys
+WIDE = Attention(1, 2, 118, 331, 80, warps=-2, groups=3)  # seven tiles, for three blocks
+LONG = Attention(1, 1, 100, 650, 40, joined=False, warps=-2, groups=1)  # each place of the ring thrice
 SHAPES = [
     ONE, ODD, WIDE, LONG, replace(ONE, tokens=1, keys=1), replace(ONE, tokens=130, keys=63, batch=2),
     replace(ONE, keys=65, groups=2), replace(ODD, warps=-3, groups=4), replace(ODD, heads=3, groups=1, tokens=200),
@@ -134,7 +135,7 @@ def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, str]) -
     assert not all(right(library, one, *how) for one in FOUND_BY for how in ((1.0, 0), (6.0, 1)))
 
 
-FOUND_BY = (ODD, WIDE, LONG, Attention(2, 1, 70, 140, 40, repeat=2, warps=-2, groups=1))
+FOUND_BY = (ODD, WIDE, LONG, Attention(4, 1, 100, 140, 40, repeat=2, warps=-2, groups=1))
 
 
 def test_without_mistakes_all_of_these_are_right(emulator: Any) -> None:
