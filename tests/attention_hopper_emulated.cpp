@@ -18,8 +18,8 @@ extern "C" int emulate_attention(const CannyAttention* call, int order) {
     }
 }
 
-// How a call is cut: blocks, warpgroups of a block, blocks of a cluster, bytes of shared memory; false where there is no
-// such kernel for it.
+// How a call is cut: blocks, warpgroups of a block, blocks of a cluster, bytes of shared memory; false where there is
+// no such kernel for it.
 extern "C" bool attention_cut(const CannyAttention* call, int32_t* out) {
     auto launch = [&](auto, dim3 grid, int, int, int bytes, const canny::HopperWork& work) {
         out[0] = grid.x * grid.y * grid.z, out[1] = work.groups, out[2] = work.splits, out[3] = bytes;

@@ -42,8 +42,9 @@ inline float half_of(uint32_t packed, int which) {
     return float(both[which]);
 }
 
-// Element (column, k) of a matrix by its descriptor, k below 16. rows: a k has its columns side by side, 64 of them, the
-// next 64 the descriptor's first distance further; else a column has its k so. The second distance is to eight rows on.
+// Element (column, k) of a matrix by its descriptor, k below 16. rows: a k has its columns side by side, 64 of them,
+// the next 64 the descriptor's first distance further; else a column has its k so. The second distance is to eight rows
+// on.
 inline float element(Block& block, uint64_t descriptor, uint32_t column, uint32_t k, bool rows) {
     uint32_t begin = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
     uint32_t mode = uint32_t(descriptor >> 62), shifted = uint32_t(descriptor >> 49 & 7);

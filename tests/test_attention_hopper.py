@@ -13,8 +13,8 @@ from plugins.call import Attention, error
 
 KERNELS, SOURCE = PLUGINS / "attention", "attention_hopper_emulated.cpp"
 
-# `warps` forces that many warpgroups a block, `groups` as many blocks of a cluster. The last tile of queries of those that
-# mistakes are found by goes no further than the guards.
+# `warps` forces that many warpgroups a block, `groups` as many blocks of a cluster. The last tile of queries goes no
+# further than the guards where mistakes are found by it.
 ONE = Attention(1, 1, 64, 64, 40, warps=-1, groups=1)
 ODD = Attention(2, 2, 110, 200, 40, warps=-2, groups=2)  # four tiles, the last with 8 keys
 WIDE = Attention(1, 2, 118, 331, 80, warps=-2, groups=3)  # seven tiles, for three blocks
@@ -73,7 +73,7 @@ def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, attention
         assert run(emulator, attention, arrays, order).tobytes() == first.tobytes(), order
 
 
-@pytest.mark.parametrize("attention", [replace(ODD, keys=100, joined=True), WIDE], ids=str)
+@pytest.mark.parametrize("attention", [replace(ODD, tokens=100, keys=100, joined=True), WIDE], ids=str)
 def test_a_head_and_a_row_get_what_they_get_alone(emulator: Any, attention: Attention) -> None:
     """Whatever lies beside it in memory: neither numbers nor what is none."""
     arrays, width = attention.arrays(), attention.width
@@ -100,7 +100,7 @@ MISTAKES = [
     ("products_begin();\n#pragma unroll\n        for (int i = 0; i < kSteps", "for (int i = 0; i < kSteps"),
     ("products_wait<kMore>();", "products_wait<1>();"),
     ("products_wait<0>();  // the next", "products_wait<1>();  // the next"),
-    ("(round(turn) - 1) & 1", "round(turn) & 1"), ("if (turn >= kHopperPlaces) barrier_wait", "if (false) barrier_wait"),
+    ("parity(turn) ^ 1)", "parity(turn))"), ("if (turn >= kHopperPlaces) barrier", "if (false) barrier"),
     ("rows_at(values_of(turn), kBox * 2)", "rows_at(values_of(turn), kBox)"), ("b + i * 128", "b + i * 64"),
     ("i / 4 * (kBox * 2 / 16)", "0"), ("s[i] = kFar", "s[i] = 0.f"), ("fmaxf(x, -126.f)", "x"),
     ("state.shrink[i / 2 % 2]", "state.shrink[0]"), ("state.total[half] *= state.shrink[half];", ""),
@@ -110,10 +110,10 @@ MISTAKES = [
 ]  # fmt: skip
 ALIKE = [
     ("products_begin();\n#pragma unroll\n        for (int i = 0; i < kKeys", "for (int i = 0; i < kKeys"),
-    ("products_wait<kMore>();", ""), ("if (lane == 0) barrier_arrive", "barrier_arrive"),
+    ("products_wait<kMore>();", ""), ("if (threadIdx.x % 32 == 0) barrier_arrive", "barrier_arrive"),
     ("if (turn) release", "release"), ("barrier_expect(full, kTile * 2);", "barrier_expect(full, kTile);"),
-    ("barrier_wait(keys_full(turn), round(turn) & 1);", "barrier_wait(keys_full(turn), 0);"),
-    ("barrier_wait(values_full(turn), round(turn) & 1);", ""), ("two[0] + two[1]", "two[0]"),
+    ("barrier_wait(keys_full(turn), parity(turn));", "barrier_wait(keys_full(turn), 0);"),
+    ("barrier_wait(values_full(turn), parity(turn));", ""), ("two[0] + two[1]", "two[0]"),
     ("work.share + min(rank, work.rest)", "work.share"), ("mask <= 2; mask *= 2)", "mask <= 1; mask *= 2)"),
     ("kHopperAlign = 1024", "kHopperAlign = 512"), ("batch % p.query_batch", "0"),
     ("if (token >= p.tokens) break;", ""), ("if (token >= p.tokens) continue;", ""), ("head * D + pair", "pair"),
@@ -131,7 +131,8 @@ def right(library: Any, attention: Attention, deviation: float, order: int) -> b
     "mistake", [*MISTAKES, *(pytest.param(one, marks=pytest.mark.slow) for one in ALIKE)], ids=lambda one: one[0][:40]
 )
 def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, str]) -> None:
-    library = compile_mistaken(tmp_path, KERNELS, SOURCE, *mistake, file="hopper.cuh")
+    (file,) = (name for name in ("hopper.cuh", "tiles.cuh") if mistake[0] in (KERNELS / name).read_text())
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, *mistake, file=file)
     assert not all(right(library, one, *how) for one in FOUND_BY for how in ((1.0, 0), (6.0, 1)))
 
 

@@ -1,16 +1,17 @@
 // Attention over many keys on compute capability 9.0, by products of warpgroups (FlashAttention-3, Shah et al. 2024).
 //
-// A block has up to three warpgroups of 64 queries each, and a warp that has their keys and values copied, tile after tile
-// into a ring in shared memory. Each warpgroup asks for the scores of its next tile before it takes the exponentials of
-// this one, and for the products with the values of the tile before, so that the tensor cores run meanwhile. Exponentials
-// are what there is too little time for: a part of them is made by the units that multiply (Cody and Waite, Cephes).
+// A block has up to three warpgroups of 64 queries each, and a warp that has their keys and values copied, tile after
+// tile into a ring in shared memory. Each warpgroup asks for the scores of its next tile before it takes the
+// exponentials of this one, and for the products with the values of the tile before, so that the tensor cores run
+// meanwhile. Exponentials are what there is too little time for: a part of them is made by the units that multiply
+// (Cody and Waite, Cephes).
 //
-// Where that leaves processors idle, the blocks of a cluster have the same queries and a part of the keys each. At the end
-// they merge (maximum, sum, values) through each other's shared memory, in the order of the blocks: the same bits every time.
+// Where that leaves processors idle, the blocks of a cluster have the same queries and a part of the keys each. At the
+// end they merge (maximum, sum, values) through each other's shared memory, in the order of the blocks: the same bits
+// every time.
 #pragma once
 
-#include "kernel.cuh"
-#include "wgmma.cuh"
+#include "tiles.cuh"
 
 #ifndef CANNY_ATTENTION_KEYS_40
 #define CANNY_ATTENTION_KEYS_40 64  // of a tile, for heads 40 wide
@@ -18,33 +19,19 @@
 #ifndef CANNY_ATTENTION_KEYS_80
 #define CANNY_ATTENTION_KEYS_80 48
 #endif
-#ifndef CANNY_ATTENTION_PLACES
-#define CANNY_ATTENTION_PLACES 4  // of tiles in shared memory, a power of two
-#endif
 #ifndef CANNY_ATTENTION_POLYNOMIAL
 #define CANNY_ATTENTION_POLYNOMIAL 2  // of each eight exponentials
 #endif
 
 namespace canny {
 
-constexpr int32_t kHopperGroup = 128, kHopperMostGroups = 3, kHopperMostSplits = 8;  // threads, warpgroups, cluster
-constexpr int32_t kHopperMostHeads = 8191, kHopperMostTokens = 1 << 22;              // that `divide` and a grid take
-constexpr int32_t kHopperPlaces = CANNY_ATTENTION_PLACES, kHopperAlign = 1024;       // the swizzle's
+constexpr int32_t kHopperMostHeads = 8191, kHopperMostTokens = 1 << 22;  // that `divide` and a grid take
 constexpr int32_t kHopperThreads = (kHopperMostGroups + 1) * kHopperGroup;
 constexpr int32_t kHopperRegisters = 160, kHopperFewRegisters = 32;  // of a thread that multiplies, or copies; of 128
 
-// What a kernel is given.
-struct HopperWork {
-    HeadMap k, v;
-    CannyAttention call;
-    int32_t groups, splits;          // warpgroups of a block, blocks of a cluster
-    int32_t tiles, share, rest;      // of keys; a block has `share`, the first `rest` blocks one more
-    uint32_t by_heads;               // their inverse
-};
-
 // 2 to the power of x, below 2^8, off by 7.5e-5 of itself: x is a whole number, which goes to the exponent, and a part.
 __device__ __forceinline__ float exp2_polynomial(float x) {
-    constexpr float kWhole = 12582912.f;  // 1.5·2^23, where floats are 1 apart: a sum with it is rounded, n in its last bits
+    constexpr float kWhole = 12582912.f;  // 1.5·2^23, where floats are 1 apart: a sum with it is rounded
     x = fmaxf(x, -126.f);
     float shifted = x + kWhole, part = x - (shifted - kWhole);
     float y = fmaf(fmaf(fmaf(0.05517167f, part, 0.24261113f), part, 0.69326099f), part, 0.99992807f);
@@ -56,35 +43,24 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
     return y;
 }
 
-// One warpgroup, or the warp that copies, and the block's shared memory.
+// One warpgroup, and the block's shared memory: behind the tiles there are the sums that are merged.
 template <int D, int kKeys>
-struct HopperBlock {
-    static constexpr int kSteps = (D + 15) / 16, kBoxes = (D + 63) / 64, kBox = kKeys * 64, kTile = kBox * kBoxes;
-    static constexpr int kWide = D / 8, kPitch = row_pitch(D), kBarriers = 4 * kHopperPlaces;
-    using Queries = uint32_t[kSteps][4];       // in fragments of products, zeros beyond the head
-    using Scores = float[kKeys / 2];           // of rows `row` and `row + 8` by turns, two columns of each eight
-    using Weights = uint32_t[kKeys / 16][4];   // their exponentials, as queries are
-    using Sums = float[D / 2];                 // of values times weights, as scores are
+struct HopperBlock : HopperTiles<D, kKeys> {
+    using Tiles = HopperTiles<D, kKeys>;
+    using Tiles::work, Tiles::p, Tiles::memory, Tiles::rank, Tiles::first, Tiles::turns, Tiles::batch, Tiles::head;
+    using Tiles::first_query, Tiles::kBox, Tiles::parity, Tiles::keys_of, Tiles::values_of, Tiles::keys_full;
+    using Tiles::values_full, Tiles::release;
 
-    const HopperWork& work;
-    const CannyAttention& p;
-    uint32_t keys, values, barriers;  // addresses: tiles and then barriers, full and empty of keys, then of values
-    float* merged;                    // sums of a row, then (maximum, sum of weights) of all rows
-    int32_t rank, first, turns, first_query, batch, head, lane, row, pair;
+    static constexpr int kSteps = (D + 15) / 16, kWide = D / 8, kPitch = row_pitch(D);
+    using Queries = uint32_t[kSteps][4];      // in fragments of products, zeros beyond the head
+    using Scores = float[kKeys / 2];          // of rows `row` and `row + 8` by turns, two columns of each eight
+    using Weights = uint32_t[kKeys / 16][4];  // their exponentials, as queries are
+    using Sums = float[D / 2];                // of values times weights, as scores are
+
+    int32_t lane, row, pair;
     float scale;
 
-    __device__ __forceinline__ explicit HopperBlock(const HopperWork& given) : work(given), p(given.call) {
-        char* memory = shared_memory() + (0u - shared_address(shared_memory())) % kHopperAlign;
-        keys = shared_address(memory);
-        values = keys + kHopperPlaces * kTile * 2;
-        barriers = values + kHopperPlaces * kTile * 2;
-        merged = reinterpret_cast<float*>(memory + kHopperPlaces * kTile * 4 + kBarriers * 8);
-        rank = blockIdx.x;
-        first = rank * work.share + min(rank, work.rest);
-        turns = work.share + (rank < work.rest);
-        first_query = blockIdx.y * work.groups * 64;
-        batch = divide(blockIdx.z, work.by_heads);
-        head = blockIdx.z - batch * p.heads;
+    __device__ __forceinline__ explicit HopperBlock(const HopperWork& given) : Tiles(given) {
         lane = threadIdx.x % 32;
         row = threadIdx.x / 32 * 16 + lane / 4;
         pair = lane % 4 * 2;
@@ -93,45 +69,7 @@ struct HopperBlock {
 
     static int32_t shared_bytes(const HopperWork& work) {
         int32_t merged = work.splits > 1 ? work.groups * 64 * (kPitch + 2) * int32_t(sizeof(float)) : 0;
-        return kHopperAlign + kHopperPlaces * kTile * 4 + kBarriers * 8 + merged;
-    }
-
-    static __device__ __forceinline__ uint32_t place(int32_t turn) { return turn & (kHopperPlaces - 1); }
-    static __device__ __forceinline__ uint32_t round(int32_t turn) { return turn / kHopperPlaces; }
-    __device__ __forceinline__ uint32_t keys_of(int32_t turn) const { return keys + place(turn) * kTile * 2; }
-    __device__ __forceinline__ uint32_t values_of(int32_t turn) const { return values + place(turn) * kTile * 2; }
-    __device__ __forceinline__ uint32_t keys_full(int32_t turn) const { return barriers + 8 * place(turn); }
-    __device__ __forceinline__ uint32_t values_full(int32_t turn) const { return keys_full(kHopperPlaces + turn) + 16 * kHopperPlaces; }
-    // A barrier of a full place has that of the empty one behind it.
-    static __device__ __forceinline__ uint32_t empty(uint32_t full) { return full + 8 * kHopperPlaces; }
-
-    __device__ __forceinline__ void begin_barriers() const {
-        for (int32_t i = 0; i < kHopperPlaces; i++) {
-            barrier_begin(keys_full(i), 1), barrier_begin(empty(keys_full(i)), 4 * work.groups);
-            barrier_begin(values_full(i), 1), barrier_begin(empty(values_full(i)), 4 * work.groups);
-        }
-        barriers_begun();
-    }
-
-    // One thread: have a tile copied as soon as nobody reads any more what was in its place.
-    __device__ __forceinline__ void copy(const HeadMap& map, uint32_t to, uint32_t full, int32_t turn) const {
-        if (turn >= kHopperPlaces) barrier_wait(empty(full), (round(turn) - 1) & 1);
-        barrier_expect(full, kTile * 2);
-#pragma unroll
-        for (int32_t i = 0; i < kBoxes; i++)
-            copy_head(to + i * kBox * 2, map, batch, (first + turn) * kKeys, head, i * 64, full);
-    }
-
-    __device__ __forceinline__ void copy_all() const {
-        for (int32_t turn = 0; turn < turns; turn++) {
-            copy(work.k, keys_of(turn), keys_full(turn), turn);
-            copy(work.v, values_of(turn), values_full(turn), turn);
-        }
-    }
-
-    // A warp is done with a tile.
-    __device__ __forceinline__ void release(uint32_t full) const {
-        if (lane == 0) barrier_arrive(empty(full));
+        return kHopperAlign + Tiles::kBytes + merged;
     }
 
     __device__ __forceinline__ void load_queries(Queries& q) const {
@@ -141,13 +79,14 @@ struct HopperBlock {
         for (int i = 0; i < 4 * kSteps; i++) {
             int32_t token = first_query + row + i % 2 * 8, column = i / 2 * 8;
             bool there = token < p.tokens && column < D;
-            q[i / 4][i % 4] = there ? *reinterpret_cast<const uint32_t*>(from + int64_t(token) * p.q_stride + column) : 0u;
+            const __half* at = from + int64_t(token) * p.q_stride + column;
+            q[i / 4][i % 4] = there ? *reinterpret_cast<const uint32_t*>(at) : 0u;
         }
     }
 
     // Ask for the scores of the queries with the keys of a tile.
     __device__ __forceinline__ void ask_scores(Scores& s, const Queries& q, int32_t turn) const {
-        barrier_wait(keys_full(turn), round(turn) & 1);
+        barrier_wait(keys_full(turn), parity(turn));
         uint64_t b = matrix_at(keys_of(turn));
         products_begin();
 #pragma unroll
@@ -164,7 +103,8 @@ struct HopperBlock {
     }
 
     // The exponentials of a tile's scores, rounded to half, and their sums.
-    __device__ __forceinline__ void weigh(Weights& w, float (&total)[2], const float (&most)[2], const Scores& s) const {
+    __device__ __forceinline__ void
+    weigh(Weights& w, float (&total)[2], const float (&most)[2], const Scores& s) const {
 #pragma unroll
         for (int i = 0; i < kKeys / 4; i++) {
             float two[2];
@@ -179,8 +119,8 @@ struct HopperBlock {
         }
     }
 
-    // What a warpgroup has of the keys so far: values, sums of this lane's weights, and the maximum that exponentials are
-    // over, which may be too low by kHeadroom. `shrink`: what the values are still to be multiplied by.
+    // What a warpgroup has of the keys so far: values, sums of this lane's weights, and the maximum that exponentials
+    // are over, which may be too low by kHeadroom. `shrink`: what the values are still to be multiplied by.
     struct State {
         Sums y;
         float total[2] = {}, most[2] = {kFar, kFar}, shrink[2] = {1.f, 1.f};
@@ -210,8 +150,8 @@ struct HopperBlock {
         }
     }
 
-    // A tile whose scores are there. kMore: those of the next one are made meanwhile. Sums are changed only while no product
-    // is under way: else the compiler would let each product wait for the one before.
+    // A tile whose scores are there. kMore: those of the next one are made meanwhile. Sums are changed only while no
+    // product is under way: else the compiler would let each product wait for the one before.
     template <bool kMore>
     __device__ __forceinline__ void
     step(State& state, Scores& scores, Scores& next, Weights& weights, const Queries& q, int32_t turn) const {
@@ -223,7 +163,7 @@ struct HopperBlock {
         if (turn) release(values_full(turn - 1));
         weigh(weights, state.total, state.most, scores);
         products_hold(weights);
-        barrier_wait(values_full(turn), round(turn) & 1);
+        barrier_wait(values_full(turn), parity(turn));
         products_wait<0>();  // the next scores are there
         products_done(state.y);
         if constexpr (kMore) products_done(next), release(keys_full(turn + 1));
@@ -283,7 +223,11 @@ struct HopperBlock {
         }
     }
 
-    __device__ __forceinline__ float* heads() const { return merged + work.groups * 64 * kPitch; }
+    // Sums of each row, then (maximum, sum of weights) of all rows.
+    __device__ __forceinline__ float* sums_of(int32_t at) const {
+        return reinterpret_cast<float*>(memory + Tiles::kBytes) + at * kPitch;
+    }
+    __device__ __forceinline__ float* head_of(int32_t at) const { return sums_of(work.groups * 64) + 2 * at; }
 
     // Where other blocks have the other keys: leave sums and maxima to them.
     __device__ __forceinline__ void lay_out(const State& state) const {
@@ -292,10 +236,10 @@ struct HopperBlock {
             int32_t at = row + 8 * half;
 #pragma unroll
             for (int i = 2 * half; i < D / 2; i += 4)
-                *reinterpret_cast<float2*>(merged + at * kPitch + i / 4 * 8 + pair) =
+                *reinterpret_cast<float2*>(sums_of(at) + i / 4 * 8 + pair) =
                     make_float2(state.y[i], state.y[i + 1]);
             if (pair == 0)
-                *reinterpret_cast<float2*>(heads() + 2 * at) = make_float2(state.most[half], state.total[half]);
+                *reinterpret_cast<float2*>(head_of(at)) = make_float2(state.most[half], state.total[half]);
         }
     }
 
@@ -307,13 +251,13 @@ struct HopperBlock {
             if (token >= p.tokens) break;
             float high = kFar, total = 0.f, sum[kWidth] = {};
             for (int32_t other = 0; other < work.splits; other++)
-                high = fmaxf(high, cluster_read_2(heads() + 2 * query, other).x);
+                high = fmaxf(high, cluster_read_2(head_of(query), other).x);
 #pragma unroll 2
             for (int32_t other = 0; other < work.splits; other++) {
-                float2 head = cluster_read_2(heads() + 2 * query, other);
+                float2 head = cluster_read_2(head_of(query), other);
                 float by = exp2_fast(head.x - high);
                 total += by * head.y;
-                const float* mine = merged + query * kPitch + column;
+                const float* mine = sums_of(query) + column;
                 float4 low = cluster_read_4(mine, other), up = cluster_read_4(mine + 4, other);
                 sum[0] += by * low.x, sum[1] += by * low.y, sum[2] += by * low.z, sum[3] += by * low.w;
                 sum[4] += by * up.x, sum[5] += by * up.y, sum[6] += by * up.z, sum[7] += by * up.w;
@@ -364,13 +308,14 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_attention(const __gr
 // What `divide` wants to know of the heads.
 constexpr uint32_t by_heads(uint32_t heads) { return uint32_t(((uint64_t(1) << 32) + 2 * heads - 1) / (2 * heads)); }
 
-// Choose warpgroups and blocks of a cluster, where they are 0, so that no processor has much more to do than another: the
-// time is that of the tiles that come after one another, plus that to merge.
+// Choose warpgroups and blocks of a cluster, where they are 0, so that no processor has much more to do than another:
+// the time is that of the tiles that come after one another, plus that to merge.
 inline void cut_hopper(HopperWork& work, int32_t groups, int32_t splits) {
     int64_t least = INT64_MAX;
     for (int32_t g = groups ? groups : kHopperMostGroups; g >= (groups ? groups : 1); g--)
         for (int32_t s = splits ? splits : 1; s <= (splits ? splits : min(kHopperMostSplits, work.tiles)); s++) {
-            int64_t blocks = int64_t(ceil_div(work.call.tokens, 64 * int64_t(g))) * work.call.heads * work.call.batch * s;
+            int64_t heads = int64_t(work.call.heads) * work.call.batch;
+            int64_t blocks = ceil_div(work.call.tokens, 64 * int64_t(g)) * heads * s;
             int64_t turns = (blocks + kProcessors - 1) / kProcessors * ceil_div(work.tiles, s) * (g + 1);
             int64_t takes = 4 * turns + (s > 1 ? 4 + s : 0);
             if (takes < least) least = takes, work.groups = g, work.splits = s;
@@ -392,9 +337,9 @@ bool run_hopper(const CannyAttention& call, Launch&& launch) {
     return launch(hopper_attention<D, kKeys>, grid, work.splits, threads, bytes, work);
 }
 
-// Do a call with `launch(kernel, grid, cluster, threads, bytes of shared memory, work)`; false where its shape has no kernel
-// or that of attention/kernel.cuh is faster. `warps` -1 to -3: whether or not, with so many warpgroups a block, and `groups`
-// blocks of a cluster.
+// Do a call with `launch(kernel, grid, cluster, threads, bytes of shared memory, work)`; false where its shape has no
+// kernel or that of attention/kernel.cuh is faster. `warps` -1 to -3: whether or not, with so many warpgroups a block,
+// and `groups` blocks of a cluster.
 template <typename Launch>
 bool run_hopper_attention(const CannyAttention& call, Launch&& launch) {
     bool forced = call.warps < 0 && call.warps >= -kHopperMostGroups && call.groups >= 0;

@@ -7,7 +7,8 @@
 
 namespace canny {
 
-// As canny_attention; cudaErrorNotSupported where the shape has no such kernel, or is faster without, or the GPU is another.
+// As canny_attention; cudaErrorNotSupported where the shape has no such kernel, or is faster without, or the GPU is
+// another.
 cudaError_t hopper_attention_of(const CannyAttention& call, cudaStream_t stream);
 
 }  // namespace canny

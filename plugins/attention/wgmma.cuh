@@ -12,8 +12,8 @@ namespace canny {
 // The heads of keys or values, as copies of a part of them want them described.
 using HeadMap = CUtensorMap;
 
-// Describe heads (batch, rows, heads, width), rows `stride` halves apart, for copies of `high` rows of 64 channels of one
-// head, which arrive swizzled by 128 bytes. False where the driver does not.
+// Describe heads (batch, rows, heads, width), rows `stride` halves apart, for copies of `high` rows of 64 channels of
+// one head, which arrive swizzled by 128 bytes. False where the driver does not.
 inline bool describe_heads(
     HeadMap& map, const void* x, int32_t batch, int32_t rows, int32_t heads, int32_t width, int32_t stride, int32_t high
 ) {
@@ -22,17 +22,18 @@ inline bool describe_heads(
     cuuint64_t pitches[] = {2 * cuuint64_t(stride), 2 * cuuint64_t(width), 2 * cuuint64_t(rows) * stride};
     cuuint32_t box[] = {64, cuuint32_t(high), 1, 1}, steps[] = {1, 1, 1, 1};
     return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, const_cast<void*>(x), sizes, pitches, box, steps,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Begin to copy the rows and 64 channels from these on, zeros where the head has none; their bytes count for the barrier.
+// Begin to copy the rows and 64 channels from these on, zeros where the head has none; their bytes count for the
+// barrier.
 __device__ __forceinline__ void copy_head(
     uint32_t to, const HeadMap& map, int32_t batch, int32_t row, int32_t head, int32_t channel, uint32_t barrier
 ) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::
-            "r"(to),
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
         "l"(&map), "r"(channel), "r"(row), "r"(head), "r"(batch), "r"(barrier)
         : "memory"
     );
@@ -55,8 +56,9 @@ __device__ __forceinline__ void products_hold(uint32_t (&a)[kSteps][4]) {
 #define CANNY_FROM_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define CANNY_FROM_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 
-// c (64×N, float) = a (64×16, half) · b (16×N, half) by the four warps of a warpgroup, added to c where `add`; kTransposed:
-// b lies row after row of N, else column after column. What may be read and changed when: as in multiply_group.
+// c (64×N, float) = a (64×16, half) · b (16×N, half) by the four warps of a warpgroup, added to c where `add`;
+// kTransposed: b lies row after row of N, else column after column. What may be read and changed when: as in
+// multiply_group.
 #define CANNY_MULTIPLY(name, count, wide, sums, a_and_b, adds, transposed, ...)                                        \
     __device__ __forceinline__ void name(float (&c)[count], const uint32_t (&a)[4], uint64_t b, bool add) {            \
         asm volatile(                                                                                                  \
@@ -103,8 +105,8 @@ __device__ __forceinline__ void multiply_values(float (&)[kCount], const uint32_
 
 namespace canny {
 
-// The same rows as those of matrix_at, but multiplied along: 16 rows further is 128 more. `box`: bytes from one 64 columns to
-// the next.
+// The same rows as those of matrix_at, but multiplied along: 16 rows further is 128 more. `box`: bytes from one 64
+// columns to the next.
 __device__ __forceinline__ uint64_t rows_at(uint32_t address, uint32_t box) {
     constexpr uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
     return uint64_t(address >> 4 & 0x3fff) | uint64_t(box / 16) << 16 | kEightRows << 32 | kSwizzle128 << 62;
