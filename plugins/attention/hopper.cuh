@@ -22,6 +22,9 @@
 #ifndef CANNY_ATTENTION_POLYNOMIAL
 #define CANNY_ATTENTION_POLYNOMIAL 2  // of each eight exponentials
 #endif
+#ifndef CANNY_ATTENTION_COLUMNS_40
+#define CANNY_ATTENTION_COLUMNS_40 40  // of products with values, for heads 40 wide: 64 have zeros, too
+#endif
 
 namespace canny {
 
@@ -55,7 +58,7 @@ struct HopperBlock : HopperTiles<D, kKeys> {
     using Queries = uint32_t[kSteps][4];      // in fragments of products, zeros beyond the head
     using Scores = float[kKeys / 2];          // of rows `row` and `row + 8` by turns, two columns of each eight
     using Weights = uint32_t[kKeys / 16][4];  // their exponentials, as queries are
-    using Sums = float[D / 2];                // of values times weights, as scores are
+    using Sums = float[(D == 40 ? CANNY_ATTENTION_COLUMNS_40 : D) / 2];  // of values times weights, as scores are
 
     int32_t lane, row, pair;
     float scale;
