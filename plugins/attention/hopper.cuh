@@ -296,14 +296,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_attention(const __gr
         let_next_begin();
         if (work.splits == 1) return block.store(state);
         block.lay_out(state);
+        __syncwarp();
+        cluster_arrive(), cluster_wait();  // every block's sums are there
+        block.merge();
     } else {
         registers_less<kHopperFewRegisters>();
         if (copies) block.copy_all();
+        if (work.splits == 1) return;
+        __syncwarp();
+        cluster_arrive_read(), cluster_wait();
     }
-    if (work.splits == 1) return;
-    __syncwarp();
-    cluster_arrive(), cluster_wait();  // every block's sums are there
-    if (multiplies) block.merge();
     __syncwarp();
     cluster_arrive_read(), cluster_wait();  // nobody reads this block's memory any more
 }
