@@ -20,7 +20,7 @@
 #define CANNY_ATTENTION_KEYS_80 48
 #endif
 #ifndef CANNY_ATTENTION_POLYNOMIAL
-#define CANNY_ATTENTION_POLYNOMIAL 2  // of each eight exponentials
+#define CANNY_ATTENTION_POLYNOMIAL 1  // of each eight exponentials
 #endif
 #ifndef CANNY_ATTENTION_COLUMNS_40
 #define CANNY_ATTENTION_COLUMNS_40 40  // of products with values, for heads 40 wide: 64 have zeros, too
@@ -114,8 +114,9 @@ struct HopperBlock : HopperTiles<D, kKeys> {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 float x = fmaf(s[2 * i + j], scale, -most[i % 2]);
-                bool polynomial = (2 * i + j) * CANNY_ATTENTION_POLYNOMIAL % 8 < CANNY_ATTENTION_POLYNOMIAL;
-                two[j] = polynomial ? exp2_polynomial(x) : exp2_fast(x);
+                int turn = 2 * i + j + i / 4 * 2;  // so that both rows have as many
+                bool multiplied = turn * CANNY_ATTENTION_POLYNOMIAL % 8 < CANNY_ATTENTION_POLYNOMIAL;
+                two[j] = multiplied ? exp2_polynomial(x) : exp2_fast(x);
             }
             total[i % 2] += two[0] + two[1];
             w[i / 4][i % 4] = pack(two[0], two[1]);
