@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 
+from bench import attention as bench
 from plugins.call import Attention, error
+from plugins.load import PluginError
+from runtime.engine import Gpu
 
 KERNELS, SOURCE = PLUGINS / "attention", "attention_hopper_emulated.cpp"
 
@@ -176,3 +179,19 @@ def test_how_a_call_is_cut(emulator: Any, attention: Attention, blocks: int, gro
 def test_shapes_that_other_kernels_have(emulator: Any, changes: dict[str, Any]) -> None:
     usual = Attention(1, 1, 64, 1024, 40)
     assert emulator.emulate_attention(ctypes.byref(replace(usual, **changes).call()), 0) == 1
+
+
+def test_the_bench_sweeps_every_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def takes(library: Any, attention: Attention, replays: int) -> float:
+        if attention.warps < 0 and attention.width == 160:
+            raise PluginError("there is no kernel for it")
+        return 10.0 - attention.warps + attention.groups
+
+    monkeypatch.setattr(bench, "gpu", lambda: Gpu("fake", "9.0"))
+    monkeypatch.setattr(bench, "open_library", lambda path: None)
+    monkeypatch.setattr(bench, "kernel_us", takes)
+    assert bench.main(["--library", "lib.so", "--sweep"]) == 0
+    lines = {line.partition(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+    found = lines["B 2, 1536 tokens, heads 40 wide"]
+    assert "chosen 10.00, without wgmma 9.00, 3 by 1: 14.00" in found and "1 by 8: 19.00" in found
+    assert lines["B 2, 96 tokens, heads 160 wide"].endswith("without wgmma 9.00")
