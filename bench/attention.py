@@ -6,6 +6,7 @@ Needs the compiled plugins (`python -m plugins build`) and cuda-python; TensorRT
 --library names as well, for an interpreter that has PyTorch instead. Each is timed as a CUDA graph of several calls.
 
   python -m bench.attention --check      each shape once against float64; for compute-sanitizer, too
+  python -m bench.attention --sweep      every cut by the kernel that is for compute capability 9.0, and the chosen one
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from rich.table import Table
 
 from bench.group_norm import LAUNCHES, add_shape, graph_us
 from plugins.call import Attention, GroupNorm, OnGpu, attention_on_gpu, error, group_norm_on_gpu, open_library
-from plugins.load import library_path
+from plugins.load import PluginError, library_path
 from plugins.token_calls import Geglu, Join, JoinNorm, LayerNorm, Sum, join_norm_on_gpu, tokens_on_gpu
 from runtime.engine import gpu
 from runtime.manifest import EngineError
@@ -32,6 +34,7 @@ from trt_builder.config import Block, Layer, ModelConfig, Shape, UNetConfig
 Size = tuple[int, int, int]  # batch, h, w
 
 TOLERANCE = 2e-3
+MOST_WARPGROUPS, MOST_CLUSTER = 3, 8  # of a block and of blocks that share keys, in attention/hopper.cuh
 
 
 def attentions(config: ModelConfig, shape: Shape) -> Counter[Attention]:
@@ -128,6 +131,11 @@ def kernel_us(library: Any, what: Any, replays: int) -> float:
         return graph_us(several, replays) / LAUNCHES
 
 
+def without_hopper(attention: Attention) -> Attention:
+    """The same by kernels that other GPUs have, too."""
+    return replace(attention, groups=-1)
+
+
 def with_norm_us(library: Any, what: Any, replays: int) -> dict[str, float | None]:
     """Microseconds of the GroupNorm behind a join, and of both in one launch; None where it is no join."""
     both = JoinNorm(what) if isinstance(what, Join) else None
@@ -166,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_shape(make)
     add("--replays", type=int, default=50, help="(%(default)s)")
     add("--check", action="store_true", help="no times: each shape once, against float64")
+    add("--sweep", action="store_true", help="every cut by the kernel that is for compute capability 9.0")
     add("--library", type=Path, help="a compiled library (that of the TensorRT in this interpreter)")
     add("--output", type=Path, default=Path("attention.json"), help="what was measured (%(default)s)")
     options = make.parse_args(argv)
@@ -178,10 +187,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         others = [*between(counts).items(), *residuals(model, shape).items()]
         library = open_library(options.library or usual_library())
         if options.check:
-            return checked(library, [*counts, *(one for one, _ in others)])
+            twice = [without_hopper(one) for one in counts if one.joined]
+            return checked(library, [*counts, *twice, *(one for one, _ in others)])
+        if options.sweep:
+            return sweep(library, counts, options.replays)
         rows = []
         for attention, count in sorted(counts.items(), key=lambda one: -one[0].flop):
-            took = {"kernel": kernel_us(library, attention, options.replays)}
+            took = {
+                "kernel": kernel_us(library, attention, options.replays),
+                "without": kernel_us(library, without_hopper(attention), options.replays),
+            }
             rows.append(vars(attention) | {"count": count, "flop": attention.flop} | took)
             rows[-1]["torch"] = torch_us(attention, options.replays)
         rest = [
@@ -216,14 +231,15 @@ def usual_library() -> Path:
 def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
     """What was measured, for people."""
     view = Table(title=f"Attention, µs each: {name}")
-    for column in ("B", "heads", "tokens", "keys", "width", "times", "kernel", "torch", "TFLOP/s of kernel"):
+    for column in ("B", "heads", "tokens", "keys", "width", "times", "kernel", "without wgmma", "torch", "TFLOP/s"):
         view.add_column(column, justify="right")
     for row in rows:
         shape = [str(row[key]) for key in ("batch", "heads", "tokens", "keys", "width", "count")]
         torch_time = "-" if row["torch"] is None else f"{row['torch']:.2f}"
-        view.add_row(*shape, f"{row['kernel']:.2f}", torch_time, f"{row['flop'] / row['kernel'] / 1e6:.0f}")
+        ours = (f"{row[way]:.2f}" for way in ("kernel", "without"))
+        view.add_row(*shape, *ours, torch_time, f"{row['flop'] / row['kernel'] / 1e6:.0f}")
     sums = [sum(row["count"] * row[way] for row in rows) if all(row[way] for row in rows) else None
-            for way in ("kernel", "torch")]  # fmt: skip
+            for way in ("kernel", "without", "torch")]  # fmt: skip
     view.add_row("sum", "", "", "", "", "", *("-" if one is None else f"{one:.0f}" for one in sums), "", style="bold")
     return view
 
@@ -252,6 +268,22 @@ def checked(library: Any, shapes: Sequence[Any]) -> int:
         print(f"{what}: {off:.1e}{'' if off < TOLERANCE else ' over'}")
     print(f"worst of {len(shapes)} shapes: {worst:.1e}, may be {TOLERANCE:.0e}")
     return int(not worst < TOLERANCE)
+
+
+def sweep(library: Any, counts: Counter[Attention], replays: int) -> int:
+    """Print what each shape takes in each way that the kernel for compute capability 9.0 can cut it, and without it."""
+    for one in sorted((one for one in counts if one.joined), key=lambda one: -one.flop):
+        cells = [f"chosen {kernel_us(library, one, replays):.2f}"]
+        cells.append(f"without wgmma {kernel_us(library, without_hopper(one), replays):.2f}")
+        for warpgroups in range(MOST_WARPGROUPS, 0, -1):
+            for cluster in range(1, MOST_CLUSTER + 1):
+                cut = replace(one, warps=-warpgroups, groups=cluster)
+                try:
+                    cells.append(f"{warpgroups} by {cluster}: {kernel_us(library, cut, replays):.2f}")
+                except PluginError:  # no kernel for these heads, or fewer tiles than blocks
+                    continue
+        print(f"B {one.batch}, {one.tokens} tokens, heads {one.width} wide: {', '.join(cells)}")
+    return 0
 
 
 if __name__ == "__main__":

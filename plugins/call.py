@@ -232,7 +232,7 @@ class Attention:
 
     joined: Q, K and V lie side by side in one array (B, T, 3·C), as one matrix product makes them; then S is T.
     repeat: how often the queries serve, one batch of k and v after the other.
-    warps, groups: how a block is cut; 0 leaves it to the kernel.
+    warps, groups: how a block is cut, as in attention/call.h; 0 leaves it to the kernel.
     """
 
     batch: int

@@ -51,4 +51,13 @@ cudaError_t launch_early(
     return launch_kernel(kernel, grid, threads, bytes, stream, params, cluster, can);
 }
 
+// Whether the first GPU that was asked about, and so each of this process, is of compute capability 9.0.
+inline bool is_hopper() {
+    int device = 0, major = 0, minor = 0;
+    bool known = cudaGetDevice(&device) == cudaSuccess &&
+                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                 cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+    return known && major == 9 && minor == 0;
+}
+
 }  // namespace canny

@@ -42,13 +42,17 @@ inline float half_of(uint32_t packed, int which) {
     return float(both[which]);
 }
 
-// Element (row, k) of a matrix by its descriptor, k below 16.
-inline float element(Block& block, uint64_t descriptor, uint32_t row, uint32_t k) {
+// Element (column, k) of a matrix by its descriptor, k below 16. rows: a k has its columns side by side, 64 of them,
+// the next 64 the descriptor's first distance further; else a column has its k so. The second distance is to eight rows
+// on.
+inline float element(Block& block, uint64_t descriptor, uint32_t column, uint32_t k, bool rows) {
     uint32_t begin = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
     uint32_t mode = uint32_t(descriptor >> 62), shifted = uint32_t(descriptor >> 49 & 7);
     if (mode != 1 || shifted) wrong("a matrix that is not swizzled by 128 bytes");
-    if (begin % 1024 >= 128) wrong("a matrix that does not begin at a multiple of 1024");
-    uint32_t address = begin + row / 8 * eight_rows + row % 8 * 128 + k * 2;
+    if (begin % 1024 >= (rows ? 1 : 128)) wrong("a matrix that does not begin at a multiple of 1024");
+    uint32_t row = rows ? k : column, along = rows ? column % 64 : k;
+    uint32_t address = begin + row / 8 * eight_rows + row % 8 * 128 + along * 2;
+    if (rows) address += column / 64 * (uint32_t(descriptor >> 16 & 0x3fff) << 4);
     address ^= (address >> 7 & 7) << 4;
     if (address < kSharedBegins || address + 2 > kSharedBegins + block.shared.size()) {
         wrong("a matrix outside of the shared memory");
@@ -65,10 +69,11 @@ inline void multiply(Block& block, size_t which) {
     size_t warp = (&block - blocks.data()) * blockDim.x + current->thread / 32 * 32;
     Product& mine = current->products.front()[which];
     for (int j = 0; j < mine.count; j++) {
+        if (!mine.adds) mine.sums[j] = 0.f;
         unsigned high = j / 2 % 2, column = j / 4 * 8 + lane % 4 * 2 + j % 2;
         for (unsigned k = 0; k < 16; k++) {
             const Product& theirs = fibers[warp + lane / 4 * 4 + k % 8 / 2]->products.front()[which];
-            mine.sums[j] += half_of(theirs.a[high + k / 8 * 2], k % 2) * element(block, mine.b, column, k);
+            mine.sums[j] += half_of(theirs.a[high + k / 8 * 2], k % 2) * element(block, mine.b, column, k, mine.rows);
         }
     }
 }
@@ -137,25 +142,56 @@ inline bool describe(ConvMap& map, const void* x, int32_t rows, int32_t channels
     return high > 0 && high <= 256 && channels % 8 == 0;
 }
 
-inline void expect_rows(const ConvMap&) {}
+struct HeadMap {
+    const __half* x;
+    int32_t batch, rows, heads, width, stride, high;
+};
 
-inline void copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+inline bool describe_heads(
+    HeadMap& map, const void* x, int32_t batch, int32_t rows, int32_t heads, int32_t width, int32_t stride, int32_t high
+) {
+    map = {static_cast<const __half*>(x), batch, rows, heads, width, stride, high};
+    return high > 0 && high <= 256 && width % 8 == 0 && stride % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+
+template <typename Map>
+void expect_rows(const Map&) {}
+
+// Begin to copy `high` rows of 64 channels; `get(i, at)` is where the eight from `at` on of row i are, null for zeros.
+template <typename Get>
+void copy_swizzled(uint32_t to, int32_t high, uint32_t barrier, Get get) {
     emulator::Block& block = *emulator::current->block;
     emulator::Phases& one = emulator::phases_at(block, barrier);
     if (!one.seen) emulator::wrong("a barrier that copies do not see yet");
     if (!emulator::current->waited) emulator::wrong("a copy of what the kernel before may still write");
     if (to % 1024) emulator::wrong("rows that do not begin at a multiple of 1024");
-    emulator::later([&block, &one, to, map, row, channel] {
-        for (int32_t at = 0; at < map.high * 64; at += 8) {
-            int32_t line = row + at / 64, from = channel + at % 64;
+    emulator::later([&block, &one, to, high, get] {
+        for (int32_t at = 0; at < high * 64; at += 8) {
             uint32_t address = to + 2 * at;
             unsigned char* place = emulator::shared_at(block, address ^ (address >> 7 & 7) << 4);
-            bool there = line >= 0 && line < map.rows && from < map.channels;
-            if (there) std::memcpy(place, map.x + int64_t(line) * map.channels + from, 16);
+            const __half* from = get(at / 64, at % 64);
+            if (from) std::memcpy(place, from, 16);
             else std::memset(place, 0, 16);
         }
-        one.bytes -= map.high * 128;
+        one.bytes -= high * 128;
         emulator::settle(one);
+    });
+}
+
+inline void copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+    copy_swizzled(to, map.high, barrier, [map, row, channel](int32_t i, int32_t at) {
+        bool there = row + i >= 0 && row + i < map.rows && channel + at < map.channels;
+        return there ? map.x + int64_t(row + i) * map.channels + channel + at : nullptr;
+    });
+}
+
+inline void copy_head(
+    uint32_t to, const HeadMap& map, int32_t batch, int32_t row, int32_t head, int32_t channel, uint32_t barrier
+) {
+    copy_swizzled(to, map.high, barrier, [=](int32_t i, int32_t at) {
+        bool there = batch < map.batch && head < map.heads && row + i < map.rows && channel + at < map.width;
+        int64_t line = int64_t(batch) * map.rows + row + i;
+        return there ? map.x + line * map.stride + head * map.width + channel + at : nullptr;
     });
 }
 
@@ -170,6 +206,18 @@ template <int kCount>
 void multiply_group(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b) {
     if (!emulator::current->fenced) emulator::wrong("a product without a fence before it");
     emulator::current->products.back().push_back({c, kCount, a, b});
+}
+
+template <int kCount>
+void multiply_keys(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
+    multiply_group(c, a, b);
+    emulator::current->products.back().back().adds = add;
+}
+
+template <int kCount>
+void multiply_values(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
+    multiply_keys(c, a, b, add);
+    emulator::current->products.back().back().rows = true;
 }
 
 template <int kLeft>
@@ -187,6 +235,9 @@ void products_wait() {
 
 template <int kCount>
 void products_done(float (&)[kCount]) {}
+
+template <int kSteps>
+void products_hold(uint32_t (&)[kSteps][4]) {}
 
 template <int kCount>
 void registers_less() {}

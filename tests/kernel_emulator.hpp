@@ -90,12 +90,13 @@ struct Copy {
     const void* from;
 };
 
-// sums += a · b, to be done some time before it is waited for.
+// sums += a · b, to be done some time before it is waited for. rows: b lies row after row, else column after column.
 struct Product {
     float* sums;
     int count;
     const uint32_t* a;
     uint64_t b;
+    bool rows = false, adds = true;  // else what was in the sums goes
 };
 
 struct Fiber {

@@ -13,5 +13,7 @@ struct CannyAttention {
     int32_t batch, query_batch, heads, tokens, keys, width;
     int32_t q_stride, kv_stride, y_stride;
     float scale;
-    int32_t warps, groups;  // how a block is cut; 0: chosen from the shape
+    // How a block is cut; 0: chosen from the shape. With `groups` -1 no kernel for compute capability 9.0 alone is
+    // taken, with `warps` -1 to -3 no other: of as many warpgroups, and `groups` blocks of a cluster.
+    int32_t warps, groups;
 };

@@ -91,11 +91,11 @@ __device__ __forceinline__ void copy_block(uint32_t to, const void* from, uint32
 // A map of channels-last halves, as copies of a part of it want it described.
 using ConvMap = CUtensorMap;
 
-// Describe a map (rows, channels) for copies of `high` rows of 64 channels, which arrive swizzled by 128 bytes. False
-// where the driver does not.
-inline bool describe(ConvMap& map, const void* x, int32_t rows, int32_t channels, int32_t high) {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
+using TensorMapEncode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function that describes maps; null where it has none.
+inline TensorMapEncode tensor_map_encode() {
+    static const TensorMapEncode encode = [] {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
@@ -103,8 +103,15 @@ inline bool describe(ConvMap& map, const void* x, int32_t rows, int32_t channels
 #else
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-        return reinterpret_cast<Encode>(found);
+        return reinterpret_cast<TensorMapEncode>(found);
     }();
+    return encode;
+}
+
+// Describe a map (rows, channels) for copies of `high` rows of 64 channels, which arrive swizzled by 128 bytes. False
+// where the driver does not.
+inline bool describe(ConvMap& map, const void* x, int32_t rows, int32_t channels, int32_t high) {
+    TensorMapEncode encode = tensor_map_encode();
     cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(rows)}, pitch[] = {2 * cuuint64_t(channels)};
     cuuint32_t box[] = {64, cuuint32_t(high)}, steps[] = {1, 1};
     return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(x), sizes, pitch, box, steps,
