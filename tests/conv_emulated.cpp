@@ -6,20 +6,16 @@
 
 #ifdef EMULATE_WIDE  // only kernels of tiles so wide, with or without a LayerNorm: to compile the rest takes longest
 namespace canny {
-#define NONE(groups, wide, norm, taps, split)                \
-    template <>                                              \
-    void conv<groups, wide, norm, taps, split>(const ConvWork) { \
-        emulator::wrong("a kernel was not compiled");        \
+#define NONE(groups, wide, norm, taps)                      \
+    template <>                                             \
+    void conv<groups, wide, norm, taps>(const ConvWork) {   \
+        emulator::wrong("a kernel was not compiled");       \
     }
-#define NONE_OF(groups, wide, norm) \
-    NONE(groups, wide, norm, 1, 1)  \
-    NONE(groups, wide, norm, 1, 2)  \
-    NONE(groups, wide, norm, 9, 1)  \
-    NONE(groups, wide, norm, 9, 2)
-#define NONE_SO_WIDE(wide) \
-    NONE_OF(1, wide, false)   \
-    NONE_OF(2, wide, false)   \
-    NONE_OF(1, wide, true)    \
+#define NONE_OF(groups, wide, norm) NONE(groups, wide, norm, 1) NONE(groups, wide, norm, 9)
+#define NONE_SO_WIDE(wide)  \
+    NONE_OF(1, wide, false) \
+    NONE_OF(2, wide, false) \
+    NONE_OF(1, wide, true)  \
     NONE_OF(2, wide, true)
 #if EMULATE_WIDE != 64
 NONE_SO_WIDE(64)

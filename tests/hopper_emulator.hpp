@@ -245,6 +245,17 @@ void registers_less() {}
 template <int kCount>
 void registers_more() {}
 
+inline float4 cluster_read_4(const float* mine, int rank) {
+    float4 value;
+    emulator::Block& theirs = emulator::blocks[rank];
+    std::memcpy(&value, emulator::shared_at(theirs, shared_address(mine)), sizeof value);
+    return value;
+}
+
+inline float2 cluster_read_2(const float* mine, int rank) {
+    return {cluster_read(mine, rank), cluster_read(mine + 1, rank)};
+}
+
 // Which block of the cluster, and where in its shared memory.
 inline uint32_t cluster_address(const float* mine, int rank) { return shared_address(mine) | uint32_t(rank) << 24; }
 

@@ -13,38 +13,11 @@
 
 #include "tiles.cuh"
 
-#ifndef CANNY_ATTENTION_KEYS_40
-#define CANNY_ATTENTION_KEYS_40 64  // of a tile, for heads 40 wide
-#endif
-#ifndef CANNY_ATTENTION_KEYS_80
-#define CANNY_ATTENTION_KEYS_80 48
-#endif
-#ifndef CANNY_ATTENTION_POLYNOMIAL
-#define CANNY_ATTENTION_POLYNOMIAL 1  // of each eight exponentials
-#endif
-#ifndef CANNY_ATTENTION_COLUMNS_40
-#define CANNY_ATTENTION_COLUMNS_40 40  // of products with values, for heads 40 wide: 64 have zeros, too
-#endif
-
 namespace canny {
 
 constexpr int32_t kHopperMostHeads = 8191, kHopperMostTokens = 1 << 22;  // that `divide` and a grid take
 constexpr int32_t kHopperThreads = (kHopperMostGroups + 1) * kHopperGroup;
 constexpr int32_t kHopperRegisters = 160, kHopperFewRegisters = 32;  // of a thread that multiplies, or copies; of 128
-
-// 2 to the power of x, below 2^8, off by 7.5e-5 of itself: x is a whole number, which goes to the exponent, and a part.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-    constexpr float kWhole = 12582912.f;  // 1.5·2^23, where floats are 1 apart: a sum with it is rounded
-    x = fmaxf(x, -126.f);
-    float shifted = x + kWhole, part = x - (shifted - kWhole);
-    float y = fmaf(fmaf(fmaf(0.05517167f, part, 0.24261113f), part, 0.69326099f), part, 0.99992807f);
-    uint32_t bits, whole;
-    memcpy(&bits, &y, sizeof bits);
-    memcpy(&whole, &shifted, sizeof whole);
-    bits += whole << 23;
-    memcpy(&y, &bits, sizeof y);
-    return y;
-}
 
 // One warpgroup, and the block's shared memory: behind the tiles there are the sums that are merged.
 template <int D, int kKeys>
@@ -58,7 +31,7 @@ struct HopperBlock : HopperTiles<D, kKeys> {
     using Queries = uint32_t[kSteps][4];      // in fragments of products, zeros beyond the head
     using Scores = float[kKeys / 2];          // of rows `row` and `row + 8` by turns, two columns of each eight
     using Weights = uint32_t[kKeys / 16][4];  // their exponentials, as queries are
-    using Sums = float[(D == 40 ? CANNY_ATTENTION_COLUMNS_40 : D) / 2];  // of values times weights, as scores are
+    using Sums = float[D / 2];  // of values times weights, as scores are
 
     int32_t lane, row, pair;
     float scale;
@@ -112,12 +85,7 @@ struct HopperBlock : HopperTiles<D, kKeys> {
         for (int i = 0; i < kKeys / 4; i++) {
             float two[2];
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float x = fmaf(s[2 * i + j], scale, -most[i % 2]);
-                int turn = 2 * i + j + i / 4 * 2;  // so that both rows have as many
-                bool multiplied = turn * CANNY_ATTENTION_POLYNOMIAL % 8 < CANNY_ATTENTION_POLYNOMIAL;
-                two[j] = multiplied ? exp2_polynomial(x) : exp2_fast(x);
-            }
+            for (int j = 0; j < 2; j++) two[j] = exp2_fast(fmaf(s[2 * i + j], scale, -most[i % 2]));
             total[i % 2] += two[0] + two[1];
             w[i / 4][i % 4] = pack(two[0], two[1]);
         }
@@ -322,8 +290,8 @@ inline void cut_hopper(HopperWork& work, int32_t groups, int32_t splits) {
         for (int32_t s = splits ? splits : 1; s <= (splits ? splits : min(kHopperMostSplits, work.tiles)); s++) {
             int64_t heads = int64_t(work.call.heads) * work.call.batch;
             int64_t blocks = ceil_div(work.call.tokens, 64 * int64_t(g)) * heads * s;
-            int64_t turns = (blocks + kProcessors - 1) / kProcessors * ceil_div(work.tiles, s) * (g + 1);
-            int64_t takes = 4 * turns + (s > 1 ? 4 + s : 0);
+            int64_t turns = (blocks + kProcessors - 1) / kProcessors * ceil_div(work.tiles, s) * (g + 3);
+            int64_t takes = 4 * turns + (s > 1 ? 40 + 40 * s : 0);
             if (takes < least) least = takes, work.groups = g, work.splits = s;
         }
 }
@@ -354,8 +322,8 @@ bool run_hopper_attention(const CannyAttention& call, Launch&& launch) {
     bool sizes = call.batch > 0 && call.query_batch > 0 && call.heads > 0 && call.tokens > 0 && call.keys > 0;
     if (!sizes || int64_t(call.batch) * call.heads > kHopperMostHeads || call.tokens > kHopperMostTokens) return false;
     if (call.q_stride % 8 || call.kv_stride % 8 || call.y_stride % 8) return false;
-    if (call.width == 40) return run_hopper<40, CANNY_ATTENTION_KEYS_40>(call, launch);
-    return call.width == 80 && run_hopper<80, CANNY_ATTENTION_KEYS_80>(call, launch);
+    if (call.width == 40) return run_hopper<40, 64>(call, launch);
+    return call.width == 80 && run_hopper<80, 48>(call, launch);
 }
 
 }  // namespace canny

@@ -8,6 +8,7 @@
 // in shared memory of its own and at its own pace, and merge what they found at the end, always in the same order.
 #pragma once
 
+#include "../clusters.cuh"
 #include "call.h"
 #include "mma.cuh"
 
@@ -278,7 +279,6 @@ __global__ void __launch_bounds__(most_threads(D, kKeys)) attention(const CannyA
         block.store(y);
 }
 
-constexpr int32_t kProcessors = 132;       // of the GPU that calls are cut for, an H200; others only take longer
 constexpr int32_t kWarps = 12;             // that a processor shall have, and has registers for
 constexpr int32_t kSharedBytes = 99 << 10;  // of a block: what every GPU from compute capability 8.6 on has
 

@@ -7,14 +7,11 @@
 #include "kernel.cuh"
 #include "wgmma.cuh"
 
-#ifndef CANNY_ATTENTION_PLACES
-#define CANNY_ATTENTION_PLACES 4  // of tiles in shared memory, a power of two
-#endif
-
 namespace canny {
 
 constexpr int32_t kHopperGroup = 128, kHopperMostGroups = 3, kHopperMostSplits = 8;  // threads, warpgroups, cluster
-constexpr int32_t kHopperPlaces = CANNY_ATTENTION_PLACES, kHopperAlign = 1024;       // the swizzle's
+constexpr int32_t kHopperPlaces = 4;    // of tiles in shared memory, a power of two
+constexpr int32_t kHopperAlign = 1024;  // the swizzle's
 
 // What a kernel is given.
 struct HopperWork {

@@ -242,6 +242,24 @@ __device__ __forceinline__ void registers_more() {
 
 // -- clusters --------------------------------------------------------------------------------------------------------
 
+// Four floats that lie at the address of `mine` in the shared memory of the block number `rank` of the cluster.
+__device__ __forceinline__ float4 cluster_read_4(const float* mine, int rank) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(cluster_address(mine, rank))
+                 : "memory");
+    return v;
+}
+
+// Two of them.
+__device__ __forceinline__ float2 cluster_read_2(const float* mine, int rank) {
+    float2 v;
+    uint32_t theirs = cluster_address(mine, rank);
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(theirs) : "memory");
+    return v;
+}
+
 // Write four floats to an address that `cluster_address` has given, or beyond it.
 __device__ __forceinline__ void cluster_write_4(uint32_t theirs, float x, float y, float z, float w) {
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(theirs), "f"(x), "f"(y), "f"(z), "f"(w)

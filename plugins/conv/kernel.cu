@@ -4,23 +4,10 @@
 #include "../launch.cuh"
 #include "kernel.h"
 
-namespace {
-
-// Whether the first GPU that was asked about, and so each of this process, is of compute capability 9.0.
-bool is_hopper() {
-    int device = 0, major = 0, minor = 0;
-    bool known = cudaGetDevice(&device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-    return known && major == 9 && minor == 0;
-}
-
-}  // namespace
-
 int32_t canny_conv(const CannyConv* call, cudaStream_t stream) {
     cudaError_t error = cudaErrorNotSupported;
 #ifdef CANNY_CONV
-    static const bool hopper = is_hopper();
+    static const bool hopper = canny::is_hopper();
     if (!hopper) return error;
     canny::run_conv(
         *call,
