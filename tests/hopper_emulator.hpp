@@ -118,7 +118,7 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
     load_matrices(r, reinterpret_cast<const __half*>(emulator::shared_at(*emulator::current->block, row)));
 }
 
-inline void hold(uint32_t (&)[4]) {}
+inline void hold(uint32_t&) {}
 
 inline void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     emulator::Block& block = *emulator::current->block;

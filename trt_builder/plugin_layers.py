@@ -39,7 +39,7 @@ BUILT_IN_ROWS = 32
 
 # Numbers of the result up to which convolutions are our plugin's, by their size: with more there are tiles enough for
 # TensorRT's own to keep a GPU busy. Those of size 1 spare a launch: of a LayerNorm, a gate or another product.
-CONV_NUMBERS = {1: 3_932_160, 3: 983_040}
+CONV_NUMBERS = {1: 7_864_320, 3: 983_040}
 
 
 def conv_wins(rows: int, weight: Sequence[int]) -> bool:

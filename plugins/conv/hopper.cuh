@@ -74,10 +74,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
                  : "memory");
 }
 
-// Have these numbers ready here, not where they are used.
-__device__ __forceinline__ void hold(uint32_t (&numbers)[4]) {
-    asm volatile("" : "+r"(numbers[0]), "+r"(numbers[1]), "+r"(numbers[2]), "+r"(numbers[3]));
-}
+// Have a number reckoned here, not where it is used.
+__device__ __forceinline__ void hold(uint32_t& number) { asm volatile("" : "+r"(number)); }
 
 // Begin to copy bytes that lie side by side, a multiple of 16, to shared memory; they count for the barrier.
 __device__ __forceinline__ void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {

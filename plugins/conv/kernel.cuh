@@ -174,10 +174,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
         return shared_address(positions) + line_of * (kConvPitch * 2) + ((row.eighth ^ of_eight) << 4);
     }
 
-    // This warp's 16 positions × 64 channels of a tap.
-    __device__ __forceinline__ void pick(uint32_t (&a)[4][4], const uint32_t (&from)[4]) const {
+    // This warp's 16 positions × 64 channels of a tap, from where `aim` says.
+    __device__ __forceinline__ void pick(uint32_t (&a)[4][4], uint32_t from) const {
 #pragma unroll
-        for (int k = 0; k < 4; k++) load_matrices(a[k], from[k]);
+        for (int k = 0; k < 4; k++) load_matrices(a[k], from ^ k << 5);
     }
 
     // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments.
@@ -191,16 +191,9 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
         const bool leads = threadIdx.x % 32 == 0;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
         int32_t tap = first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2;
-        uint32_t a[2][4][4], from[4], before = 0;  // before: the barrier of the weights that were multiplied last
-        auto aim_all = [&] {
-            uint32_t at = aim(row, x_ring.place, tap);
-#pragma unroll
-            for (int k = 0; k < 4; k++) from[k] = at ^ k << 5;
-            hold(from);
-        };
+        uint32_t a[2][4][4], before = 0;  // before: the barrier of the weights that were multiplied last
         x_ring.wait_full();
-        aim_all();
-        pick(a[0], from);
+        pick(a[0], aim(row, x_ring.place, tap));
         bool there = false;  // the next weights, for all that is known
         uint64_t b = matrix_at(shared_address(weights));
         auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
@@ -219,7 +212,8 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
                 tap = unit + 1 < p.x_units ? 0 : kTaps / 2, x_ring.next();
                 if (unit + 1 < last) x_ring.wait_full();
             }
-            aim_all();
+            uint32_t from = aim(row, x_ring.place, tap);
+            hold(from);
             if constexpr (kNorm) moments.add(mine);
             products_wait<1>();  // the unit before is multiplied: its weights and registers are free
             if (leads && unit > first) barrier_arrive(done);
@@ -263,7 +257,9 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         float sums[Block::kSums] = {};
         typename Block::Moments moments;
         typename Block::Residual residuals[Block::kHeld];
-        auto ask = [&] { block.ask_first(residuals); };
+        auto ask = [&] {
+            if constexpr (kWide <= kConvNarrow) block.ask_first(residuals);  // wider tiles have no registers for it
+        };
         block.multiply(sums, moments, row, ask);
         let_next_begin();  // not before: its blocks would take places from those of another stream
         if constexpr (kNorm) moments.join();
@@ -285,7 +281,6 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         __syncwarp();
         if (shared) cluster_wait(), cluster_arrive(), cluster_wait();
     }
-    if (!shared) __syncthreads();  // no thread ends before its copies
 }
 
 // Do a call with `launch(kernel, grid, cluster, threads, bytes of shared memory, params)`; false where its shape has no
@@ -309,7 +304,9 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
         if (p.taps == 9) return plan.wide == 64 ? go(conv<kGroups, 64, false, 9>) : go(conv<kGroups, 128, false, 9>);
         if (plan.wide == 64) return go(conv<kGroups, 64, kNorm, 1>);
         if (plan.wide == 128) return go(conv<kGroups, 128, kNorm, 1>);
-        return plan.wide == 192 ? go(conv<kGroups, 192, kNorm, 1>) : go(conv<kGroups, 256, kNorm, 1>);
+        if (plan.wide == 192) return go(conv<kGroups, 192, kNorm, 1>);
+        if constexpr (conv_widest(kGroups, kNorm) >= 256) return go(conv<kGroups, 256, kNorm, 1>);
+        return false;
     };
     std::integral_constant<int, 1> one;
     std::integral_constant<int, 2> two;

@@ -52,6 +52,9 @@ constexpr int32_t conv_threads(int32_t groups, int32_t wide) {
 // Registers of each of three warpgroups; of two that multiply and of the one that copies, where that is too few.
 constexpr int kConvRegisters = 168, kConvMoreRegisters = 208, kConvFewRegisters = 88;
 
+// Filters of the widest tile that threads have registers for.
+constexpr int32_t conv_widest(int32_t groups, bool norm) { return groups == 2 && !norm ? 192 : 256; }
+
 // Whether threads have registers for the gate.
 constexpr bool conv_gates(int32_t groups, int32_t wide) { return groups == 1 || wide > 64; }
 
@@ -215,7 +218,8 @@ inline ConvPlan conv_plan(const CannyConv& call) {
         int32_t groups = at / kWidths + 1, high = 64 * groups, wide = kConvWidths[at % kWidths];
         if (groups > 1 && high - 64 >= p.rows) break;
         if (call.filters % wide || (call.wide && call.wide != wide) || (call.high && call.high != high)) continue;
-        if ((wide > kConvNarrow && p.taps > 1) || (call.gate && !conv_gates(groups, wide))) continue;
+        if ((wide > kConvNarrow && p.taps > 1) || wide > conv_widest(groups, call.weight_sums)) continue;
+        if (call.gate && !conv_gates(groups, wide)) continue;
         ConvPlan plan;
         plan.params = p;
         plan.wide = wide;

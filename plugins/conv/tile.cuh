@@ -180,7 +180,7 @@ struct ConvTile {
 #pragma unroll
         for (int i = 0; i < kWide / 32 >> kGate; i++) {
             Place to = place_in_turn(i);
-            if (i >= kHeld) ask(residuals[i % kHeld], to);
+            if (i >= kHeld || kWide > kConvNarrow) ask(residuals[i % kHeld], to);
             finish<kGate>(sums, i * (16 << kGate), moments, to, residuals[i % kHeld]);
         }
     }
@@ -233,7 +233,7 @@ struct ConvTile {
                 moments.x[0] += four.x, moments.squares[0] += four.y, moments.x[1] += four.z, moments.squares[1] += four.w;
             }
             Place to = place_in_turn(i);
-            if (i >= kHeld) ask(residuals[i % kHeld], to);
+            if (i >= kHeld || kWide > kConvNarrow) ask(residuals[i % kHeld], to);
             finish<kGate>(sums, 0, moments, to, residuals[i % kHeld]);
         }
     }
