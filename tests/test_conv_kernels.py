@@ -34,12 +34,6 @@ IN_BOTH = Conv(2, 128, 9, 13, 64, second=320, cluster=3, high=64)
 GATED = [replace(WIDE, residual_batch=0, gate=True, cluster=cluster, high=64, wide=64) for cluster in (3, 1)]
 
 
-def has_room(conv: Conv) -> bool:
-    """Whether there are shared memory and registers for a wide tile."""
-    tile, alone = (conv.wide, conv.high, conv.norm), conv.cluster == 1
-    return tile != (256, 128, False) and (alone or tile not in {(192, 128, True), (256, 64, True), (256, 128, True)})
-
-
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return compile_emulator(tmp_path_factory.mktemp("emulator"), KERNELS, SOURCE)
@@ -50,6 +44,14 @@ def emulate(library: Any, conv: Conv, order: int = 0, mean: float = 0.5) -> tupl
     arrays, call = conv.arrays(mean=mean if conv.norm else 0.0), conv.call()
     y = between_guards(call, conv.memory(arrays), lambda: library.emulate_conv(ctypes.byref(call), order))
     return y.view(np.float16).reshape(conv.out), conv.expected(arrays)
+
+
+def is_right_or_too_large(library: Any, conv: Conv, order: int) -> bool:
+    """Some wide tiles have too little shared memory in a cluster, one too few registers."""
+    tile, large = (conv.wide, conv.high, conv.norm), {(192, 128, True), (256, 64, True), (256, 128, True)}
+    if conv.plan(library) is None:
+        return tile == (256, 128, False) or (conv.cluster > 1 and tile in large)
+    return error(*emulate(library, conv, order)) < 1e-3
 
 
 @pytest.mark.parametrize("cluster", [0, 1, 3, 8])
@@ -82,24 +84,18 @@ def test_wide_tiles(emulator: Any, wide: int, high: int, norm: bool, cluster: in
     """Two of filters, two of rows of which the second is not full."""
     height = 5 if high == 64 else 7
     conv = Conv(2, 576, height, 11, 2 * wide, 1, 1, residual, norm, cluster=cluster, high=high, wide=wide)
-    if not has_room(conv):
-        assert conv.plan(emulator) is None
-        return
-    assert error(*emulate(emulator, conv, order=(cluster + residual) % 3)) < 1e-3
+    assert is_right_or_too_large(emulator, conv, (cluster + residual) % 3)
 
 
 @pytest.mark.parametrize(
     ("norm", "cluster"),
-    [slow_unless(cluster in (1, 5 if norm else 3), norm, cluster)
-     for norm, cluster in product((False, True), (0, 1, 3, 5))],
+    [slow_unless(cluster in (1, 2, 5 if norm else 3), norm, cluster)
+     for norm, cluster in product((False, True), (0, 1, 2, 3, 5))],
 )  # fmt: skip
-@pytest.mark.parametrize(("wide", "high"), [(64, 64), (128, 64), (128, 128), (192, 128), (256, 64), (256, 128)])
+@pytest.mark.parametrize(("wide", "high"), [(64, 64), *product((128, 192, 256), (64, 128))])
 def test_a_gate(emulator: Any, wide: int, high: int, norm: bool, cluster: int) -> None:
     conv = Conv(2, 320, 9, 8, 2 * wide, 1, norm=norm, cluster=cluster, high=high, wide=wide, gate=True)
-    if not has_room(conv):
-        assert conv.plan(emulator) is None
-        return
-    assert error(*emulate(emulator, conv, order=cluster % 3)) < 1e-3
+    assert is_right_or_too_large(emulator, conv, cluster % 3)
 
 
 @pytest.mark.slow
@@ -213,8 +209,7 @@ OTHER_ORDERS = [ONE, replace(ONE, cluster=7, size=1, channels=640), replace(ONE,
 def test_the_order_of_threads_and_copies_changes_no_bit(emulator: Any, conv: Conv) -> None:
     first, _ = emulate(emulator, conv)
     for order in (1, 2, 3):
-        again, _ = emulate(emulator, conv, order)
-        assert first.tobytes() == again.tobytes(), order
+        assert first.tobytes() == emulate(emulator, conv, order)[0].tobytes(), order
 
 
 def alike(*mistakes: tuple[str, ...]) -> list[Any]:
@@ -394,16 +389,12 @@ def test_only_1x1_have_wide_tiles(emulator: Any, wide: int) -> None:
     assert not replace(one, filters=2 * wide + 64).plan(emulator)
 
 
-def test_only_1x1_without_a_residual_take_a_gate(emulator: Any) -> None:
+def test_only_1x1_take_a_layer_norm_or_without_a_residual_a_gate(emulator: Any) -> None:
     one = Conv(2, 64, 8, 12, 128, 1, gate=True)
     assert one.plan(emulator) and not replace(one, size=3).plan(emulator)
     assert not replace(one, high=128, wide=64).plan(emulator)  # no registers for it
     call: Any = one.call()
     call.residual, call.residual_batch = 16, 1
-    assert emulator.emulate_conv(ctypes.byref(call), 0) == 1
-
-
-def test_only_1x1_take_a_layer_norm(emulator: Any) -> None:
-    call: Any = SHAPES[0].call()
-    call.weight_sums = 16
-    assert emulator.emulate_conv(ctypes.byref(call), 0) == 1
+    three: Any = SHAPES[0].call()
+    three.weight_sums = 16
+    assert all(emulator.emulate_conv(ctypes.byref(one), 0) == 1 for one in (call, three))

@@ -299,13 +299,13 @@ def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert served(flavour, 48, (1280, 2560, 3, 3), 1, own)
     assert served(flavour, 48, (1280, 1280, 3, 3), 2, own)
-    for rows, weight in ((3072, (320, 320, 3, 3)), (768, (5120, 640, 1, 1)), (192, (10240, 1280, 1, 1))):
+    for rows, weight in ((3072, (320, 320, 3, 3)), (3072, (2560, 320, 1, 1)), (192, (10240, 1280, 1, 1))):
         assert served(flavour, rows, weight, 1, own)
     sides = (2, 320, 32, 48), (320, 320, 3, 3)
     assert [flavour.has_conv_plugin(*sides, 1, own, second) for second in (0, 640, 648)] == [True, True, False]
     assert not flavour.has_conv_plugin(*sides, 2, own, 640)
     for rows, weight, stride in (
-        (3072, (384, 320, 3, 3), 1), (3072, (2560, 320, 1, 1), 1), (8016, (64, 64, 1, 1), 1),
+        (3072, (384, 320, 3, 3), 1), (3072, (2624, 320, 1, 1), 1), (8016, (64, 64, 1, 1), 1),
         (48, (96, 1280, 3, 3), 1), (48, (1280, 4, 3, 3), 1), (48, (64, 64, 5, 5), 1), (48, (64, 64, 3, 3), 3),
     ):  # fmt: skip
         assert not served(flavour, rows, weight, stride, own)

@@ -214,7 +214,7 @@ struct ConvTile {
     template <int kGate>
     __device__ __forceinline__ void store_given(Residual (&residuals)[kHeld]) const {
 #pragma unroll
-        for (int i = 0; i < kWide / 64 >> kGate || i == 0; i++) {  // as many as two blocks have each
+        for (int i = 0; i < ((kWide / 32 >> kGate) + 1) / 2; i++) {  // as many as two blocks have each
             int32_t slot = threadIdx.x / 32 + i * kWarps;
             if (slot * p.cluster + rank >= (kWide / 32 >> kGate) * kWarps) return;
             const float4* part = reinterpret_cast<const float4*>(parts + slot * p.cluster * kPart<kGate>) +
