@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -78,7 +79,9 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
 def open_cupti() -> Any:
     """The module of cupti-python; raises EngineError where it is missing."""
     try:
-        from cupti import cupti
+        with warnings.catch_warnings():  # of its own names, one for each
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from cupti import cupti
     except ImportError as error:
         raise EngineError(f"kernels are recorded with NVIDIA's cupti-python ({error}): {INSTALL}.") from None
     return cupti

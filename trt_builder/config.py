@@ -353,7 +353,7 @@ class Options:
     attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax; with
         "own" the UNet's transformers stay channels-last maps, of 1×1 convolutions and the plugins of plugins/ for
         LayerNorm, attention and GEGLU, where those serve, and elsewhere the fused form.
-    qkv: Q, K and V of a self-attention in one matrix product, or apart; always joined where our plugin serves it.
+    qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
     boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".
     residual: who adds a ResBlock's input to what its last convolution made, and ControlNet's residuals to the skips:

@@ -177,10 +177,6 @@ class PluginLayers:
         for plugin in TRANSFORMER:
             self._need(plugin, "attention")
         if width in ATTENTION_WIDTHS and options.precision == "fp16":
-            if options.qkv == "apart":
-                _say_once(
-                    "Q, K and V stay joined where attention is our plugin's: apart they are in other attentions only"
-                )
             return True
         _say_once(f"attention of {options.precision} heads {width} wide is TensorRT's own: the plugin has none for it")
         return False
