@@ -2,8 +2,8 @@
 // float. With few positions the time is that of reading the weights, once and all at the same time:
 //
 // - A tile is 64 or 128 positions × 64 or 128 filters, or 192 or 256 of a 1×1 convolution. The blocks of a cluster share
-//   it: each has a slice of the products' length, and adds up a part of the tile through the others' shared memory, always
-//   in the same order.
+//   it: each has a slice of the products' length, is given what the others have of a part of the tile, and adds that up,
+//   always in the same order.
 // - One thread has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Another
 //   has the positions' channels copied, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.

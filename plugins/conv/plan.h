@@ -49,8 +49,8 @@ constexpr int32_t conv_threads(int32_t groups, int32_t wide) {
     return groups * kConvWarpgroup + (conv_uneven(groups, wide) ? kConvWarpgroup : 64);
 }
 
-// Registers of each of three warpgroups; of two that multiply and of the one that copies, where that is too few.
-constexpr int kConvRegisters = 168, kConvMoreRegisters = 208, kConvFewRegisters = 88;
+// Registers of two warpgroups that multiply and of the one that copies, where 168 for each are too few.
+constexpr int kConvMoreRegisters = 208, kConvFewRegisters = 88;
 
 // Filters of the widest tile that threads have registers for.
 constexpr int32_t conv_widest(int32_t groups, bool norm) { return groups == 2 && !norm ? 192 : 256; }
