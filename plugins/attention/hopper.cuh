@@ -3,8 +3,7 @@
 // A block has up to three warpgroups of 64 queries each, and a warp that has their keys and values copied, tile after
 // tile into a ring in shared memory. Each warpgroup asks for the scores of its next tile before it takes the
 // exponentials of this one, and for the products with the values of the tile before, so that the tensor cores run
-// meanwhile. Exponentials are what there is too little time for: a part of them is made by the units that multiply
-// (Cody and Waite, Cephes).
+// meanwhile.
 //
 // Where that leaves processors idle, the blocks of a cluster have the same queries and a part of the keys each. At the
 // end they merge (maximum, sum, values) through each other's shared memory, in the order of the blocks: the same bits
@@ -31,7 +30,7 @@ struct HopperBlock : HopperTiles<D, kKeys> {
     using Queries = uint32_t[kSteps][4];      // in fragments of products, zeros beyond the head
     using Scores = float[kKeys / 2];          // of rows `row` and `row + 8` by turns, two columns of each eight
     using Weights = uint32_t[kKeys / 16][4];  // their exponentials, as queries are
-    using Sums = float[D / 2];  // of values times weights, as scores are
+    using Sums = float[D / 2];                // of values times weights, as scores are
 
     int32_t lane, row, pair;
     float scale;

@@ -54,7 +54,6 @@ __device__ __forceinline__ void products_hold(uint32_t (&a)[kSteps][4]) {
 #define CANNY_FROM_16 "%16, %17, %18, %19, %20, %21, %22, %23, "
 #define CANNY_FROM_24 "%24, %25, %26, %27, %28, %29, %30, %31"
 #define CANNY_FROM_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define CANNY_FROM_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 
 // c (64×N, float) = a (64×16, half) · b (16×N, half) by the four warps of a warpgroup, added to c where `add`;
 // kTransposed: b lies row after row of N, else column after column. What may be read and changed when: as in
@@ -75,12 +74,8 @@ CANNY_MULTIPLY(multiply_keys, 24, "48", CANNY_FROM_0 "%16, %17, %18, %19, %20, %
                "{%24, %25, %26, %27}, %28", "%29", "0", CANNY_16(0), CANNY_8(16))
 CANNY_MULTIPLY(multiply_keys, 32, "64", CANNY_FROM_0 CANNY_FROM_16 CANNY_FROM_24, "{%32, %33, %34, %35}, %36", "%37",
                "0", CANNY_16(0), CANNY_16(16))
-CANNY_MULTIPLY(multiply_keys, 48, "96", CANNY_FROM_0 CANNY_FROM_16 CANNY_FROM_24 CANNY_FROM_32 CANNY_FROM_40,
-               "{%48, %49, %50, %51}, %52", "%53", "0", CANNY_16(0), CANNY_16(16), CANNY_16(32))
 CANNY_MULTIPLY(multiply_values, 20, "40", CANNY_FROM_0 "%16, %17, %18, %19", "{%20, %21, %22, %23}, %24", "%25", "1",
                CANNY_16(0), CANNY_4(16))
-CANNY_MULTIPLY(multiply_values, 32, "64", CANNY_FROM_0 CANNY_FROM_16 CANNY_FROM_24, "{%32, %33, %34, %35}, %36", "%37",
-               "1", CANNY_16(0), CANNY_16(16))
 CANNY_MULTIPLY(multiply_values, 40, "80", CANNY_FROM_0 CANNY_FROM_16 CANNY_FROM_24 CANNY_FROM_32,
                "{%40, %41, %42, %43}, %44", "%45", "1", CANNY_16(0), CANNY_16(16), CANNY_8(32))
 #else
@@ -97,7 +92,6 @@ __device__ __forceinline__ void multiply_values(float (&)[kCount], const uint32_
 #undef CANNY_FROM_16
 #undef CANNY_FROM_24
 #undef CANNY_FROM_32
-#undef CANNY_FROM_40
 #undef CANNY_MULTIPLY
 
 }  // namespace canny

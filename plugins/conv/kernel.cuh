@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         typename Block::Moments moments;
         typename Block::Residual residuals[Block::kHeld];
         auto ask = [&] {
-            if constexpr (kWide <= kConvNarrow) block.ask_first(residuals);  // wider tiles have no registers for it
+            if constexpr (Block::kAsksEarly) block.ask_first(residuals);
         };
         block.multiply(sums, moments, row, ask);
         let_next_begin();  // not before: its blocks would take places from those of another stream

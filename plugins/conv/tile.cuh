@@ -41,7 +41,8 @@ __device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
 template <int kGroups, int kWide, bool kNorm>
 struct ConvTile {
     static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kWarps = 4 * kGroups;
-    static constexpr int kHeld = kWide > kConvNarrow ? 1 : kWide / 32;  // pieces of a warp whose residual is asked for early
+    static constexpr bool kAsksEarly = kWide <= kConvNarrow;  // for residuals; wider tiles have no registers for it
+    static constexpr int kHeld = kAsksEarly ? kWide / 32 : 1;  // pieces of a warp whose residual is in registers
 
     const ConvParams& p;
     char* memory;
@@ -180,8 +181,8 @@ struct ConvTile {
 #pragma unroll
         for (int i = 0; i < kWide / 32 >> kGate; i++) {
             Place to = place_in_turn(i);
-            if (i >= kHeld || kWide > kConvNarrow) ask(residuals[i % kHeld], to);
-            finish<kGate>(sums, i * (16 << kGate), moments, to, residuals[i % kHeld]);
+            if constexpr (!kAsksEarly) ask(residuals[0], to);
+            finish<kGate>(sums, i * (16 << kGate), moments, to, residuals[kAsksEarly ? i : 0]);
         }
     }
 
@@ -233,8 +234,8 @@ struct ConvTile {
                 moments.x[0] += four.x, moments.squares[0] += four.y, moments.x[1] += four.z, moments.squares[1] += four.w;
             }
             Place to = place_in_turn(i);
-            if (i >= kHeld || kWide > kConvNarrow) ask(residuals[i % kHeld], to);
-            finish<kGate>(sums, 0, moments, to, residuals[i % kHeld]);
+            if constexpr (!kAsksEarly) ask(residuals[0], to);
+            finish<kGate>(sums, 0, moments, to, residuals[kAsksEarly ? i : 0]);
         }
     }
 };
