@@ -6,12 +6,12 @@
 
 #ifdef EMULATE_WIDE  // only kernels of tiles so wide, with or without a LayerNorm: to compile the rest takes longest
 namespace canny {
-#define NONE(groups, wide, norm, taps)                      \
+#define NONE(groups, wide, norm, taps, gate)                \
     template <>                                             \
-    void conv<groups, wide, norm, taps>(const ConvWork) {   \
+    void conv<groups, wide, norm, taps, gate>(const ConvWork) { \
         emulator::wrong("a kernel was not compiled");       \
     }
-#define NONE_OF(groups, wide, norm) NONE(groups, wide, norm, 1) NONE(groups, wide, norm, 9)
+#define NONE_OF(groups, wide, norm) NONE(groups, wide, norm, 1, 0) NONE(groups, wide, norm, 1, 1) NONE(groups, wide, norm, 9, 0)
 #define NONE_SO_WIDE(wide)  \
     NONE_OF(1, wide, false) \
     NONE_OF(2, wide, false) \

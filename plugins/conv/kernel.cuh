@@ -55,17 +55,16 @@ struct ConvWork {
     ConvParams params;
 };
 
-// kNorm: with a LayerNorm before it. kTaps: 1 or 9.
-template <int kGroups, int kWide, bool kNorm, int kTaps>
-struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
-    using Tile = ConvTile<kGroups, kWide, kNorm>;
+// kTaps: 1 or 9.
+template <int kGroups, int kWide, bool kNorm, int kTaps, int kGate>
+struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
+    using Tile = ConvTile<kGroups, kWide, kNorm, kGate>;
     using typename Tile::Moments;
-    using Tile::kHigh, Tile::kSums, Tile::p, Tile::memory, Tile::first_row, Tile::first_filter, Tile::rank;
+    using Tile::kHigh, Tile::kSums, Tile::kConsumers, Tile::p, Tile::memory, Tile::first_row, Tile::first_filter,
+        Tile::rank, Tile::warp, Tile::lane;
 
     static constexpr int kUnit = kWide * kConvDeep;  // weights of a unit
-    static constexpr int kConsumers = kGroups * kConvWarpgroup;
     static constexpr bool kUneven = conv_uneven(kGroups, kWide);
-    static constexpr bool kGates = kTaps == 1 && conv_gates(kGroups, kWide);
 
     const ConvWork& work;
     __half *weights, *positions;  // zeros lie behind the positions
@@ -79,7 +78,8 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
         __half* behind = positions + (p.x_places * p.x_rows + kConvEight) * kConvPitch;
         barriers = shared_address(behind);
         Tile::constants = reinterpret_cast<float*>(behind) + 4 * (p.places + p.x_places);
-        Tile::parts = Tile::constants + kWide * (1 + kNorm);
+        // What others write needs a place of its own; a block's own sums come when nobody reads weights any more.
+        Tile::parts = p.cluster > 1 ? Tile::constants + kWide * (1 + kNorm) : reinterpret_cast<float*>(memory);
         first = rank * p.share + min(rank, p.rest);
         last = first + p.share + (rank < p.rest);
         range = conv_range(p, first_row, kHigh);
@@ -156,7 +156,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
     };
 
     __device__ __forceinline__ Row row() const {
-        int32_t lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 * 16 + lane % 16, stride = p.call.stride;
+        int32_t row = first_row + warp * 16 + lane % 16, stride = p.call.stride;
         ConvPosition to = conv_position(p, row);
         uint32_t line = 2 | (to.x > 0) | uint32_t(to.x * stride + 1 < p.call.width) << 2, taps = line << 3;
         if (to.y > 0) taps |= line;
@@ -188,7 +188,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
     template <typename Meanwhile>
     __device__ __forceinline__ void
     multiply(float (&sums)[kSums], Moments& moments, const Row& row, Meanwhile&& meanwhile) const {
-        const bool leads = threadIdx.x % 32 == 0;
+        const bool leads = lane == 0;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
         int32_t tap = first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2;
         uint32_t a[2][4][4], before = 0;  // before: the barrier of the weights that were multiplied last
@@ -230,10 +230,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm> {
 };
 
 // Grid: blocks of a cluster, tiles of filters, tiles of rows.
-template <int kGroups, int kWide, bool kNorm, int kTaps>
+template <int kGroups, int kWide, bool kNorm, int kTaps, int kGate>
 __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kGroups, kWide))
     conv(const __grid_constant__ ConvWork work) {
-    using Block = ConvBlock<kGroups, kWide, kNorm, kTaps>;
+    using Block = ConvBlock<kGroups, kWide, kNorm, kTaps, kGate>;
     Block block(work);
     const ConvParams& p = work.params;
     // The first threads of two warps.
@@ -247,13 +247,15 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
     typename Block::Row row{};
-    if (multiplies) block.clear_zeros(), block.load_constants(), row = block.row();
+    typename Block::Constants constants;
+    if (multiplies) block.ask_constants(constants), block.clear_zeros(), row = block.row();
     __syncwarp();
-    __syncthreads();  // barriers, zeros and constants are there
+    __syncthreads();  // barriers and zeros are there
     if (shared) cluster_arrive_read();  // this block has begun: the others may write to its memory
     wait_for_previous();
     if (multiplies) {
         if constexpr (Block::kUneven) registers_more<kConvMoreRegisters>();
+        block.put_constants(constants);
         float sums[Block::kSums] = {};
         typename Block::Moments moments;
         typename Block::Residual residuals[Block::kHeld];
@@ -263,17 +265,16 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         block.multiply(sums, moments, row, ask);
         let_next_begin();  // not before: its blocks would take places from those of another stream
         if constexpr (kNorm) moments.join();
-        auto store = [&](auto gate) {
-            constexpr int kGate = decltype(gate)::value;
-            if (!shared) return block.template store_own<kGate>(sums, moments, residuals);
+        if (shared) {
             cluster_wait();
-            block.template give<kGate>(sums, moments);
+            block.template give<true>(sums, moments);
             cluster_arrive(), cluster_wait();  // all have given
-            block.template store_given<kGate>(residuals);
-        };
-        if constexpr (Block::kGates)
-            if (p.call.gate) store(std::integral_constant<int, 1>{});
-        if (!Block::kGates || !p.call.gate) store(std::integral_constant<int, 0>{});
+        } else {
+            group_sync<1>(0, Block::kConsumers);  // nobody reads weights any more
+            block.template give<false>(sums, moments);
+            __syncwarp();
+        }
+        block.store(moments, residuals);
     } else {
         if constexpr (Block::kUneven) registers_less<kConvFewRegisters>();
         if (copies_x) block.copy_positions();
@@ -298,20 +299,28 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups, plan.wide);
     dim3 grid(p.cluster, call.filters / plan.wide, (p.rows + high - 1) / high);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, work); };
-    auto cut = [&](auto groups, auto norm) {
-        constexpr int kGroups = decltype(groups)::value;
+    auto cut = [&](auto groups, auto norm, auto gate) {
+        constexpr int kGroups = decltype(groups)::value, kGate = decltype(gate)::value;
         constexpr bool kNorm = decltype(norm)::value;
-        if (p.taps == 9) return plan.wide == 64 ? go(conv<kGroups, 64, false, 9>) : go(conv<kGroups, 128, false, 9>);
-        if (plan.wide == 64) return go(conv<kGroups, 64, kNorm, 1>);
-        if (plan.wide == 128) return go(conv<kGroups, 128, kNorm, 1>);
-        if (plan.wide == 192) return go(conv<kGroups, 192, kNorm, 1>);
-        if constexpr (conv_widest(kGroups, kNorm) >= 256) return go(conv<kGroups, 256, kNorm, 1>);
+        if constexpr (!kNorm && !kGate)
+            if (p.taps == 9)
+                return plan.wide == 64 ? go(conv<kGroups, 64, false, 9, 0>) : go(conv<kGroups, 128, false, 9, 0>);
+        if constexpr (!kGate || conv_gates(kGroups, 64))
+            if (plan.wide == 64) return go(conv<kGroups, 64, kNorm, 1, kGate>);
+        if (plan.wide == 128) return go(conv<kGroups, 128, kNorm, 1, kGate>);
+        if (plan.wide == 192) return go(conv<kGroups, 192, kNorm, 1, kGate>);
+        if constexpr (conv_widest(kGroups, kNorm) >= 256)
+            if (plan.wide == 256) return go(conv<kGroups, 256, kNorm, 1, kGate>);
         return false;
+    };
+    auto choose = [&](auto groups, auto norm) {
+        return call.gate ? cut(groups, norm, std::integral_constant<int, 1>{})
+                         : cut(groups, norm, std::integral_constant<int, 0>{});
     };
     std::integral_constant<int, 1> one;
     std::integral_constant<int, 2> two;
-    if (call.weight_sums) return plan.groups == 1 ? cut(one, std::true_type{}) : cut(two, std::true_type{});
-    return plan.groups == 1 ? cut(one, std::false_type{}) : cut(two, std::false_type{});
+    if (call.weight_sums) return plan.groups == 1 ? choose(one, std::true_type{}) : choose(two, std::true_type{});
+    return plan.groups == 1 ? choose(one, std::false_type{}) : choose(two, std::false_type{});
 }
 
 }  // namespace canny

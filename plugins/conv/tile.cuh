@@ -1,8 +1,10 @@
 // A tile of a convolution once it is summed up: LayerNorm, bias, residual and gate, and to memory.
 //
 // It goes by pieces: 16 rows, which are a warp's, and the filters that make 32 numbers of y. Blocks that share a tile each
-// finish some of its pieces. What the others have of them they write to that block's shared memory, in the order of their
-// own registers, so that a warp which finishes a piece reads it as if the sums had been its own.
+// finish some of its pieces. Every block writes what it has of a piece to the shared memory of the one that finishes it, in
+// the order of its own registers; where no other shares the tile, to its own. From there one loop takes them, so that there
+// is little code: in a step each launch comes after other kernels and has to fetch its instructions, of which those that
+// run once take 2 ns each.
 #pragma once
 
 #include "plan.h"
@@ -37,21 +39,23 @@ __device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
     }
 }
 
-// kNorm: with a LayerNorm before it.
-template <int kGroups, int kWide, bool kNorm>
+// kNorm: with a LayerNorm before it. kGate: 1 for a · GELU(b), else 0.
+template <int kGroups, int kWide, bool kNorm, int kGate>
 struct ConvTile {
-    static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kWarps = 4 * kGroups;
+    static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kWarps = 4 * kGroups, kConsumers = 32 * kWarps;
+    static constexpr int kSections = kWide / 32 >> kGate, kPieces = kSections * kWarps;
     static constexpr bool kAsksEarly = kWide <= kConvNarrow;  // for residuals; wider tiles have no registers for it
-    static constexpr int kHeld = kAsksEarly ? kWide / 32 : 1;  // pieces of a warp whose residual is in registers
+    static constexpr int kHeld = kAsksEarly ? kSections : 1;  // pieces of a warp whose residual is in registers
 
     const ConvParams& p;
     char* memory;
-    float *constants, *parts;  // biases and sums of weights; what other blocks have of this one's pieces
-    int32_t first_row, first_filter, rank;
+    float *constants, *parts;  // biases and sums of weights; what the blocks have of this one's pieces
+    int32_t first_row, first_filter, rank, warp, lane;
 
     __device__ __forceinline__ explicit ConvTile(const ConvParams& params) : p(params) {
         memory = shared_memory() + (0u - shared_address(shared_memory())) % kConvAlign;
         rank = blockIdx.x;
+        warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         first_filter = blockIdx.y * kWide;
         first_row = blockIdx.z * kHigh;
     }
@@ -78,11 +82,29 @@ struct ConvTile {
         }
     };
 
-    // Have biases, and sums of weights, at hand.
-    __device__ __forceinline__ void load_constants() const {
-        for (int32_t i = threadIdx.x; i < kWide; i += 32 * kWarps) {
-            constants[i] = p.call.bias[first_filter + i];
-            if constexpr (kNorm) constants[kWide + i] = p.call.weight_sums[first_filter + i];
+    // Biases, and sums of weights, on their way to shared memory.
+    struct Constants {
+        static constexpr int kEach = (kWide + kConsumers - 1) / kConsumers;
+        float bias[kEach] = {}, of_weights[kEach] = {};
+    };
+
+    __device__ __forceinline__ void ask_constants(Constants& asked) const {
+#pragma unroll
+        for (int i = 0; i < Constants::kEach; i++) {
+            int32_t at = threadIdx.x + i * kConsumers;
+            if (at >= kWide) continue;
+            asked.bias[i] = p.call.bias[first_filter + at];
+            if constexpr (kNorm) asked.of_weights[i] = p.call.weight_sums[first_filter + at];
+        }
+    }
+
+    __device__ __forceinline__ void put_constants(const Constants& asked) const {
+#pragma unroll
+        for (int i = 0; i < Constants::kEach; i++) {
+            int32_t at = threadIdx.x + i * kConsumers;
+            if (at >= kWide) continue;
+            constants[at] = asked.bias[i];
+            if constexpr (kNorm) constants[kWide + at] = asked.of_weights[i];
         }
     }
 
@@ -96,21 +118,18 @@ struct ConvTile {
         return {mean, rsqrtf(fmaxf(square - mean * mean, 0.f) + p.call.epsilon)};
     }
 
-    // A lane's part of a piece: its first row, the other being 8 below, and its first column of y.
+    // A lane's part of a piece: its first row, the other being 8 below, its first column of y, and its first filter.
     struct Place {
-        int32_t row, column;
+        int32_t row, column, filter;
     };
 
-    __device__ __forceinline__ Place place_of(int32_t slab, int32_t section) const {
-        int32_t lane = threadIdx.x % 32;
-        return {first_row + slab * 16 + lane / 4, (first_filter >> p.call.gate) + section * 32 + lane % 4 * 8};
-    }
-
-    // The piece that is number `slot` of this block's, or of this warp's where no other block shares the tile.
-    __device__ __forceinline__ Place place_in_turn(int32_t slot) const {
-        if (p.cluster == 1) return place_of(threadIdx.x / 32, slot);
-        int32_t piece = (threadIdx.x / 32 + slot * kWarps) * p.cluster + rank;
-        return place_of(piece % kWarps, piece / kWarps);
+    // Of the piece that is number `slot` of this block's.
+    __device__ __forceinline__ Place place_of(int32_t slot) const {
+        int32_t piece = slot * p.cluster + rank, section = piece / kWarps * 32;
+        return {
+            first_row + piece % kWarps * 16 + lane / 4, (first_filter >> kGate) + section + lane % 4 * 8,
+            (section << kGate) + lane % 4 * 2
+        };
     }
 
     using Residual = uint32_t[2][4];
@@ -121,7 +140,7 @@ struct ConvTile {
         for (int i = 0; i < 2; i++) {
             int32_t row = to.row + 8 * i, lines = c.residual_batch * p.out_height * p.out_width;
             for (uint32_t& word : residual[i]) word = 0;
-            if (!c.residual || row >= p.rows || to.column >= (first_filter + kWide) >> c.gate) continue;
+            if (!c.residual || row >= p.rows || to.column >= (first_filter + kWide) >> kGate) continue;
             int64_t from = int64_t(row - conv_divide(row, p.by_residual) * lines) * c.filters + to.column;
             load_words(residual[i], static_cast<const __half*>(c.residual) + from);
         }
@@ -129,113 +148,113 @@ struct ConvTile {
 
     __device__ __forceinline__ void ask_first(Residual (&residuals)[kHeld]) const {
 #pragma unroll
-        for (int i = 0; i < kHeld; i++) ask(residuals[i], place_in_turn(i));
+        for (int i = 0; i < kHeld; i++) ask(residuals[i], place_of(warp + i * kWarps));
     }
 
-    // Two sums of a thread, of those in `sums` from `at` on, with LayerNorm and bias, of this filter of the tile and the next.
-    template <int kCount>
-    __device__ __forceinline__ float2 made(const float (&sums)[kCount], int at, const Norm& norm, int32_t filter) const {
-        float2 bias = *reinterpret_cast<const float2*>(constants + filter), y = make_float2(sums[at], sums[at + 1]);
+    // Two sums of a thread with LayerNorm and bias, of this filter of the tile and the next.
+    __device__ __forceinline__ float2 made(float x, float y, const Norm& norm, int32_t filter) const {
+        float2 bias = *reinterpret_cast<const float2*>(constants + filter);
         if constexpr (kNorm) {
             float2 of_filters = *reinterpret_cast<const float2*>(constants + kWide + filter);
-            y.x = norm.by * (y.x - norm.mean * of_filters.x), y.y = norm.by * (y.y - norm.mean * of_filters.y);
+            x = norm.by * (x - norm.mean * of_filters.x), y = norm.by * (y - norm.mean * of_filters.y);
         }
-        return make_float2(y.x + bias.x, y.y + bias.y);
+        return make_float2(x + bias.x, y + bias.y);
     }
 
-    // Store a piece of the sums from `begin` on, kGate: as a · GELU(b). A lane has two of every eight filters, and four
-    // lanes swap theirs, so that each has eight side by side, and all of them 64 bytes.
-    template <int kGate, int kCount>
-    __device__ __forceinline__ void finish(
-        const float (&sums)[kCount], int begin, const Moments& moments, const Place& to, Residual& residual
-    ) const {
-        int32_t first = ((to.column - (first_filter >> kGate)) / 32 * 32 << kGate) + threadIdx.x % 4 * 2;
-#pragma unroll
+    using Sums = float[4 << kGate][4];  // of a lane and a piece: two filters of each eight, in both rows
+
+    // Store a piece. A lane has two of every eight filters, and four lanes swap theirs, so that each has eight side by side,
+    // and all of them 64 bytes.
+    __device__ __forceinline__ void
+    finish(Sums& sums, const Moments& moments, const Place& to, Residual& residual) const {
+        __half* y = static_cast<__half*>(p.call.y) + int64_t(to.row) * (p.call.filters >> kGate) + to.column;
+        float x = moments.x[0], squares = moments.squares[0];
+        // With a gate each row by itself, for less code.
+#pragma unroll(kGate ? 1 : 2)
         for (int i = 0; i < 2; i++) {
             Norm norm;
-            if constexpr (kNorm) norm = norm_of(moments.x[i], moments.squares[i]);
-            uint32_t(&words)[4] = residual[i];
-            if (!kGate && p.call.residual) swap_words(words);
+            if constexpr (kNorm) norm = norm_of(x, squares);
+            uint32_t words[4];
+            if constexpr (!kGate) {
+                for (int k = 0; k < 4; k++) words[k] = residual[i][k];
+                if (p.call.residual) swap_words(words);
+            }
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                int eight = k << kGate, at = begin + eight * 4 + i * 2;
-                const __half* more = reinterpret_cast<const __half*>(&words[k]);
-                float2 y = made(sums, at, norm, first + eight * 8);
+                int eight = k << kGate;
+                float2 made_y = made(sums[eight][0], sums[eight][1], norm, to.filter + eight * 8);
                 if constexpr (kGate) {
-                    float2 b = made(sums, at + 4, norm, first + eight * 8 + 8);
-                    words[k] = pack(y.x * gelu(b.x), y.y * gelu(b.y));
+                    float2 b = made(sums[eight + 1][0], sums[eight + 1][1], norm, to.filter + eight * 8 + 8);
+                    words[k] = pack(made_y.x * gelu(b.x), made_y.y * gelu(b.y));
                 } else {
-                    words[k] = pack(y.x + to_float(more[0]), y.y + to_float(more[1]));
+                    const __half* more = reinterpret_cast<const __half*>(&words[k]);
+                    words[k] = pack(made_y.x + to_float(more[0]), made_y.y + to_float(more[1]));
                 }
             }
             swap_words(words);
-            int64_t line = int64_t(to.row + 8 * i) * (p.call.filters >> kGate);
-            if (to.row + 8 * i < p.rows) store_words(words, static_cast<__half*>(p.call.y) + line + to.column);
-        }
-    }
-
-    // Store the warp's pieces of its own sums.
-    template <int kGate>
-    __device__ __forceinline__ void
-    store_own(const float (&sums)[kSums], const Moments& moments, Residual (&residuals)[kHeld]) const {
+            if (to.row + 8 * i < p.rows) store_words(words, y);
+            y += 8 * (p.call.filters >> kGate);
+            x = moments.x[1], squares = moments.squares[1];
 #pragma unroll
-        for (int i = 0; i < kWide / 32 >> kGate; i++) {
-            Place to = place_in_turn(i);
-            if constexpr (!kAsksEarly) ask(residuals[0], to);
-            finish<kGate>(sums, i * (16 << kGate), moments, to, residuals[kAsksEarly ? i : 0]);
+            for (float(&four)[4] : sums) four[0] = four[2], four[1] = four[3];
         }
     }
 
-    // Floats of what a block has of a piece, for all lanes: four for each eight filters, and the moments.
-    template <int kGate>
-    static constexpr int kPart = conv_part(kGate, kNorm) / int(sizeof(float));
+    // Floats of what a block has of a piece, for all lanes.
+    template <bool kShared>
+    static constexpr int kPart = conv_part(kGate, kNorm && kShared) / int(sizeof(float));
 
-    // Write the sums, which are in registers, to the blocks that finish their pieces.
-    template <int kGate>
+    // Write the sums, which are in registers, to where their pieces are finished. kShared: by several blocks; then the
+    // moments, too.
+    template <bool kShared>
     __device__ __forceinline__ void give(const float (&sums)[kSums], const Moments& moments) const {
-        int32_t lane = threadIdx.x % 32;
 #pragma unroll
-        for (int t = 0; t < kWide / 32 >> kGate; t++) {
-            int32_t piece = t * kWarps + threadIdx.x / 32, slot = conv_divide(piece, p.by_cluster);
-            const float* place = parts + (slot * p.cluster + rank) * kPart<kGate> + lane * 4;
-            uint32_t to = cluster_address(place, piece - slot * p.cluster);
+        for (int t = 0; t < kSections; t++) {
+            int32_t piece = t * kWarps + warp, slot = kShared ? conv_divide(piece, p.by_cluster) : piece;
+            float* place = parts + (slot * p.cluster + rank) * kPart<kShared> + lane * 4;
+            uint32_t theirs = kShared ? cluster_address(place, piece - slot * p.cluster) : 0;
+            auto put = [&](int j, float x, float y, float z, float w) {
+                if constexpr (kShared)
+                    cluster_write_4(theirs + j * 512, x, y, z, w);
+                else
+                    *reinterpret_cast<float4*>(place + j * 128) = float4{x, y, z, w};
+            };
 #pragma unroll
             for (int j = 0; j < 4 << kGate; j++) {
                 const float* four = sums + (t * (4 << kGate) + j) * 4;
-                cluster_write_4(to + j * 512, four[0], four[1], four[2], four[3]);
+                put(j, four[0], four[1], four[2], four[3]);
             }
-            if constexpr (kNorm)
-                cluster_write_4(
-                    to + (4 << kGate) * 512, moments.x[0], moments.squares[0], moments.x[1], moments.squares[1]
-                );
+            if constexpr (kNorm && kShared)
+                put(4 << kGate, moments.x[0], moments.squares[0], moments.x[1], moments.squares[1]);
         }
     }
 
     // Add up what all blocks have of this warp's pieces, always in the same order, and store them.
-    template <int kGate>
-    __device__ __forceinline__ void store_given(Residual (&residuals)[kHeld]) const {
-#pragma unroll
-        for (int i = 0; i < ((kWide / 32 >> kGate) + 1) / 2; i++) {  // as many as two blocks have each
-            int32_t slot = threadIdx.x / 32 + i * kWarps;
-            if (slot * p.cluster + rank >= (kWide / 32 >> kGate) * kWarps) return;
-            const float4* part = reinterpret_cast<const float4*>(parts + slot * p.cluster * kPart<kGate>) +
-                                 threadIdx.x % 32;
-            float sums[16 << kGate] = {};
-            Moments moments;
-#pragma unroll 2
-            for (int32_t other = 0; other < p.cluster; other++, part += kPart<kGate> / 4) {
+    __device__ __forceinline__ void store(Moments moments, Residual (&residuals)[kHeld]) const {
+        const bool shared = p.cluster > 1;
+        const int32_t fours = (shared ? kPart<true> : kPart<false>) / 4;
+#pragma unroll 1
+        for (int32_t slot = warp; slot * p.cluster + rank < kPieces; slot += kWarps) {
+            const Place to = place_of(slot);
+            if constexpr (!kAsksEarly) ask(residuals[0], to);
+            const float4* part = reinterpret_cast<const float4*>(parts) + slot * p.cluster * fours + lane;
+            Sums sums = {};
+            if (kNorm && shared) moments = {};
+#pragma unroll 1
+            for (int32_t other = 0; other < p.cluster; other++, part += fours) {
 #pragma unroll
                 for (int j = 0; j < 4 << kGate; j++) {
                     float4 four = part[j * 32];
-                    sums[4 * j] += four.x, sums[4 * j + 1] += four.y, sums[4 * j + 2] += four.z, sums[4 * j + 3] += four.w;
+                    sums[j][0] += four.x, sums[j][1] += four.y, sums[j][2] += four.z, sums[j][3] += four.w;
                 }
-                if constexpr (!kNorm) continue;
+                if (!kNorm || !shared) continue;
                 float4 four = part[(4 << kGate) * 32];
                 moments.x[0] += four.x, moments.squares[0] += four.y, moments.x[1] += four.z, moments.squares[1] += four.w;
             }
-            Place to = place_in_turn(i);
-            if constexpr (!kAsksEarly) ask(residuals[0], to);
-            finish<kGate>(sums, 0, moments, to, residuals[kAsksEarly ? i : 0]);
+            finish(sums, moments, to, residuals[0]);
+#pragma unroll
+            for (int i = 0; i + 1 < kHeld; i++)
+                for (int j = 0; j < 8; j++) residuals[i][j / 4][j % 4] = residuals[i + 1][j / 4][j % 4];
         }
     }
 };
