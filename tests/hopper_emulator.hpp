@@ -98,6 +98,10 @@ inline void barrier_arrive(uint32_t barrier) {
     emulator::arrive(emulator::phases_at(*emulator::current->block, barrier));
 }
 
+inline void barrier_arrive_if(bool does, uint32_t barrier) {
+    if (does) barrier_arrive(barrier);
+}
+
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
     emulator::Phases& one = emulator::phases_at(*emulator::current->block, barrier);
     one.bytes += bytes;

@@ -21,32 +21,34 @@
 
 namespace canny {
 
-// A ring of places in shared memory that one side fills and the other empties.
+// A ring of places in shared memory that one side fills and the other empties: where this side is.
 struct ConvRing {
-    uint32_t full, empty;  // barriers, 8 bytes for each place
-    int32_t places, place = 0;
-    uint32_t turn = 0;
+    uint32_t begin, end, full;  // barriers of full places, 8 bytes each; behind all of them those of empty ones
+    uint32_t base, place, bytes;
+    uint32_t parity = 0;
 
-    __device__ __forceinline__ ConvRing(uint32_t barriers, int32_t places)
-        : full(barriers), empty(barriers + 8 * places), places(places) {}
+    __device__ __forceinline__ ConvRing(uint32_t barriers, int32_t places, uint32_t base, uint32_t bytes)
+        : begin(barriers), end(barriers + 8 * places), full(barriers), base(base), place(base), bytes(bytes) {}
 
-    __device__ __forceinline__ void begin(uint32_t fillers, uint32_t emptiers) const {
-        for (int32_t i = 0; i < places; i++) {
-            barrier_begin(full + 8 * i, fillers);
-            barrier_begin(empty + 8 * i, emptiers);
+    __device__ __forceinline__ void begin_barriers(uint32_t fillers, uint32_t emptiers) const {
+        for (uint32_t at = begin; at < end; at += 8) {
+            barrier_begin(at, fillers);
+            barrier_begin(at + end - begin, emptiers);
         }
     }
 
-    __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * place, turn & 1); }
-    __device__ __forceinline__ bool is_full() const { return barrier_ended(full + 8 * place, turn & 1); }
+    __device__ __forceinline__ uint32_t empty() const { return full + end - begin; }
+    __device__ __forceinline__ void wait_full() const { barrier_wait(full, parity); }
+    __device__ __forceinline__ bool is_full() const { return barrier_ended(full, parity); }
+    __device__ __forceinline__ void wait_empty() const { barrier_wait(empty(), parity ^ 1); }  // at once the first time
 
-    __device__ __forceinline__ void wait_empty() const {
-        if (turn) barrier_wait(empty + 8 * place, (turn - 1) & 1);
+    __device__ __forceinline__ void next_if(bool goes) {
+        full += goes ? 8 : 0, place += goes ? bytes : 0;
+        bool over = full == end;
+        full = over ? begin : full, place = over ? base : place, parity ^= uint32_t(over);
     }
 
-    __device__ __forceinline__ void next() {
-        if (++place == places) place = 0, turn++;
-    }
+    __device__ __forceinline__ void next() { next_if(true); }
 };
 
 // What a kernel is given.
@@ -63,27 +65,32 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     using Tile::kHigh, Tile::kSums, Tile::kConsumers, Tile::p, Tile::memory, Tile::first_row, Tile::first_filter,
         Tile::rank, Tile::warp, Tile::lane;
 
-    static constexpr int kUnit = kWide * kConvDeep;  // weights of a unit
+    static constexpr int kUnit = kWide * kConvDeep * int(sizeof(__half));  // bytes of the weights of a unit
+    static constexpr int kOffsets = conv_offsets(kGroups, kTaps);
     static constexpr bool kUneven = conv_uneven(kGroups, kWide);
 
     const ConvWork& work;
-    __half *weights, *positions;  // zeros lie behind the positions
-    uint32_t barriers;
-    int32_t first, last;  // units from first to before last are this block's
+    uint32_t weights, positions, barriers;  // addresses
+    uint32_t* offsets;                      // of each tap and thread
+    int32_t first, last;                    // units from first to before last are this block's
     ConvRange range;
 
     __device__ __forceinline__ explicit ConvBlock(const ConvWork& work) : Tile(work.params), work(work) {
-        weights = reinterpret_cast<__half*>(memory);
+        weights = shared_address(memory);
+        char* behind = memory + p.places * kUnit + p.x_places * x_bytes();
         positions = weights + p.places * kUnit;
-        __half* behind = positions + (p.x_places * p.x_rows + kConvEight) * kConvPitch;
         barriers = shared_address(behind);
-        Tile::constants = reinterpret_cast<float*>(behind) + 4 * (p.places + p.x_places);
+        Tile::constants = reinterpret_cast<float*>(behind + 16 * (p.places + p.x_places));
+        offsets = reinterpret_cast<uint32_t*>(Tile::constants + kWide * (1 + kNorm));
         // What others write needs a place of its own; a block's own sums come when nobody reads weights any more.
-        Tile::parts = p.cluster > 1 ? Tile::constants + kWide * (1 + kNorm) : reinterpret_cast<float*>(memory);
+        char* parts = p.cluster > 1 ? reinterpret_cast<char*>(offsets) + kOffsets : memory;
+        Tile::parts = reinterpret_cast<float*>(parts);
         first = rank * p.share + min(rank, p.rest);
         last = first + p.share + (rank < p.rest);
         range = conv_range(p, first_row, kHigh);
     }
+
+    __device__ __forceinline__ int32_t x_bytes() const { return p.x_rows * kConvPitch * int32_t(sizeof(__half)); }
 
     // Which 64 channels a unit is of: first those of x, then those of the second map, which have a unit each.
     __device__ __forceinline__ int32_t part_of(int32_t unit) const {
@@ -91,34 +98,39 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         return of_x / kTaps + unit - of_x;
     }
 
-    __device__ __forceinline__ ConvRing weights_ring() const { return {barriers, p.places}; }
-    __device__ __forceinline__ ConvRing positions_ring() const { return {barriers + 16 * p.places, p.x_places}; }
+    __device__ __forceinline__ ConvRing weights_ring() const { return {barriers, p.places, weights, kUnit}; }
+
+    __device__ __forceinline__ ConvRing positions_ring() const {
+        return {barriers + 16 * p.places, p.x_places, positions, uint32_t(x_bytes())};
+    }
 
     __device__ __forceinline__ void begin_barriers() const {
-        weights_ring().begin(1, kConsumers / 32);
-        positions_ring().begin(1, kConsumers / 32);
+        weights_ring().begin_barriers(1, kConsumers / 32);
+        positions_ring().begin_barriers(1, kConsumers / 32);
         barriers_begun();
     }
 
+    // The last eight rows of each place, for taps beyond the border.
     __device__ __forceinline__ void clear_zeros() const {
-        uint32_t* zeros = reinterpret_cast<uint32_t*>(positions + p.x_places * p.x_rows * kConvPitch);
-        for (int32_t i = threadIdx.x; i < kConvEight * kConvPitch / 2; i += kConsumers) zeros[i] = 0;
+        constexpr int32_t kBytes = kConvEight * kConvPitch * int(sizeof(__half));
+        char* zeros = memory + (positions - weights) - kBytes;
+        if (kTaps > 1)
+            for (int32_t place = 0; place < p.x_places; place++)
+                for (int32_t i = threadIdx.x * 16; i < kBytes; i += kConsumers * 16)
+                    *reinterpret_cast<uint4*>(zeros + (place + 1) * x_bytes() + i) = uint4{};
     }
 
     // One thread: have the weights of units copied, from `unit` to before `end`.
     __device__ __forceinline__ void copy_weights(ConvRing& ring, int32_t unit, int32_t end) const {
+        constexpr int32_t kBlock = kConvBlock * int(sizeof(__half));
         const __half* from = static_cast<const __half*>(p.call.weight) +
                              (int64_t(first_filter / 64) * p.units + unit) * kConvBlock;
         for (; unit < end; unit++, from += kConvBlock) {
             ring.wait_empty();
-            uint32_t barrier = ring.full + 8 * ring.place;
-            barrier_expect(barrier, kUnit * sizeof(__half));
+            barrier_expect(ring.full, kUnit);
 #pragma unroll
             for (int32_t i = 0; i < kWide / 64; i++)
-                copy_block(
-                    shared_address(weights + ring.place * kUnit + i * kConvBlock),
-                    from + int64_t(i) * p.units * kConvBlock, kConvBlock * sizeof(__half), barrier
-                );
+                copy_block(ring.place + i * kBlock, from + int64_t(i) * p.units * kConvBlock, kBlock, ring.full);
             ring.next();
         }
     }
@@ -126,98 +138,95 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     // One thread: have 64 channels of all positions copied at a time. Those of the second map go to where x has the same
     // positions, from the next multiple of eight before them on.
     __device__ __forceinline__ void copy_positions() const {
+        constexpr int32_t kRow = kConvPitch * int(sizeof(__half));
         ConvRing ring = positions_ring();
         int32_t parts = p.call.channels / kConvDeep, ahead = first_row - range.first;  // parts: of x
         for (int32_t part = part_of(first), end = part_of(last - 1); part <= end; part++) {
             ring.wait_empty();
-            uint32_t barrier = ring.full + 8 * ring.place;
-            const __half* to = positions + ring.place * p.x_rows * kConvPitch;
             bool of_x = part < parts;
-            barrier_expect(barrier, (of_x ? p.x_boxes * p.x_box : p.second_box) * kConvPitch * sizeof(__half));
+            barrier_expect(ring.full, (of_x ? p.x_boxes * p.x_box : p.second_box) * kRow);
             if (of_x)
                 for (int32_t row = 0; row < p.x_boxes * p.x_box; row += p.x_box)
-                    copy_rows(
-                        shared_address(to + row * kConvPitch), work.x, range.first + row, part * kConvDeep, barrier
-                    );
+                    copy_rows(ring.place + row * kRow, work.x, range.first + row, part * kConvDeep, ring.full);
             else
                 copy_rows(
-                    shared_address(to + ahead / kConvEight * kConvEight * kConvPitch), work.second,
-                    first_row - ahead % kConvEight, (part - parts) * kConvDeep, barrier
+                    ring.place + ahead / kConvEight * kConvEight * kRow, work.second, first_row - ahead % kConvEight,
+                    (part - parts) * kConvDeep, ring.full
                 );
             ring.next();
         }
     }
 
-    // The row of y whose x this lane names to its warp: where the middle tap lies in a place, which taps there are, a bit
-    // each, and from which eighth of the channels on.
-    struct Row {
-        int32_t at, eighth;
-        uint32_t exist;
-    };
+    // Where a row of x lies in a place: its first 16 channels, or the next eight; those of the 16 after them at that xor 32.
+    __device__ __forceinline__ uint32_t offset_of(int32_t row) const {
+        return row * (kConvPitch * 2) + ((lane / 16 ^ (row & (kConvEight - 1))) << 4);
+    }
 
-    __device__ __forceinline__ Row row() const {
+    // Have at hand where the row of x lies that this lane names to its warp, for each tap. The offset of the only one.
+    __device__ __forceinline__ uint32_t put_offsets() const {
         int32_t row = first_row + warp * 16 + lane % 16, stride = p.call.stride;
         ConvPosition to = conv_position(p, row);
-        uint32_t line = 2 | (to.x > 0) | uint32_t(to.x * stride + 1 < p.call.width) << 2, taps = line << 3;
-        if (to.y > 0) taps |= line;
-        if (to.y * stride + 1 < p.call.height) taps |= line << 6;
-        if (kTaps == 1) taps = 1;
-        return {to.at - range.first, lane / 16, row < p.rows ? taps : 0};
+        int32_t middle = to.at - range.first;
+        if (kTaps == 1) return offset_of(row < p.rows ? middle : 0);
+#pragma unroll 1
+        for (int32_t tap = 0; tap < kTaps; tap++) {
+            int32_t line = tap / 3 - 1, column = tap % 3 - 1, y = to.y * stride + line, x = to.x * stride + column;
+            bool exists = row < p.rows && y >= 0 && y < p.call.height && x >= 0 && x < p.call.width;
+            int32_t at = middle + line * p.call.width + column, zeros = p.x_rows - kConvEight;
+            offsets[tap * kConsumers + threadIdx.x] = offset_of(exists ? at : zeros + (at & (kConvEight - 1)));
+        }
+        return 0;
     }
 
-    // Where this lane's row of x lies for a tap: of the first 16 channels; those of the 16 after them lie at that xor 32.
-    __device__ __forceinline__ uint32_t aim(const Row& row, int32_t place, int32_t tap) const {
-        int32_t line = kTaps == 9 ? tap / 3 : 1, column = kTaps == 9 ? tap - 3 * line : 1;
-        int32_t at = row.at + (line - 1) * p.call.width + column - 1;
-        int32_t of_eight = at & (kConvEight - 1), line_of = place * p.x_rows + at;
-        if (!(row.exist >> tap & 1)) line_of = p.x_places * p.x_rows + of_eight;
-        return shared_address(positions) + line_of * (kConvPitch * 2) + ((row.eighth ^ of_eight) << 4);
-    }
-
-    // This warp's 16 positions × 64 channels of a tap, from where `aim` says.
+    // This warp's 16 positions × 64 channels of a tap, from its rows' addresses.
     __device__ __forceinline__ void pick(uint32_t (&a)[4][4], uint32_t from) const {
 #pragma unroll
         for (int k = 0; k < 4; k++) load_matrices(a[k], from ^ k << 5);
     }
 
-    // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments.
+    // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments. only: see put_offsets.
     //
-    // A warp is alone on its scheduler: what it does between one unit's products and the next's is time in which nothing is
-    // multiplied. So only the picking of rows stands there, and everything else is done while products run; `meanwhile` is
-    // done beside the last.
+    // A warp is alone on its scheduler, and a product holds it up until those before it are nearly done. So what else there
+    // is to do stands between the four products of a unit, and has no branches: at one the compiler waits for products.
+    // `meanwhile` is done beside the last.
     template <typename Meanwhile>
     __device__ __forceinline__ void
-    multiply(float (&sums)[kSums], Moments& moments, const Row& row, Meanwhile&& meanwhile) const {
+    multiply(float (&sums)[kSums], Moments& moments, uint32_t only, Meanwhile&& meanwhile) const {
         const bool leads = lane == 0;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
+        // left: of the units that have these channels of x in common.
         int32_t tap = first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2;
+        int32_t left = first < p.x_units ? kTaps - tap : 1;
+        auto offset = [&] { return kTaps == 1 ? only : offsets[tap * kConsumers + threadIdx.x]; };
         uint32_t a[2][4][4], before = 0;  // before: the barrier of the weights that were multiplied last
         x_ring.wait_full();
-        pick(a[0], aim(row, x_ring.place, tap));
-        bool there = false;  // the next weights, for all that is known
-        uint64_t b = matrix_at(shared_address(weights));
+        pick(a[0], x_ring.place + offset());
+        ring.wait_full();
         auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
-            if (!there) ring.wait_full();
+            const uint64_t b = matrix_at(ring.place);
             products_begin();
-#pragma unroll
-            for (int k = 0; k < 4; k++) multiply_group(sums, mine[k], b + 2 * k);
-            products_commit();
-            uint32_t done = before;
-            before = ring.empty + 8 * ring.place;
-            ring.next();
-            b = matrix_at(shared_address(weights + ring.place * kUnit));
-            there = ring.is_full();
-            if (++tap >= kTaps || unit >= p.x_units) {  // rows of these channels are all in registers
-                if (leads) barrier_arrive(x_ring.empty + 8 * x_ring.place);
-                tap = unit + 1 < p.x_units ? 0 : kTaps / 2, x_ring.next();
-                if (unit + 1 < last) x_ring.wait_full();
-            }
-            uint32_t from = aim(row, x_ring.place, tap);
+            multiply_group(sums, mine[0], b);
+            left--, tap++;
+            const bool ends = left == 0, of_x = unit + 1 < p.x_units;
+            barrier_arrive_if(ends && leads, x_ring.empty());  // rows of these channels are all in registers
+            x_ring.next_if(ends);
+            if (ends) tap = of_x ? 0 : kTaps / 2, left = of_x ? kTaps : 1;
+            uint32_t from = x_ring.place + offset(), now = ring.empty();
             hold(from);
+            multiply_group(sums, mine[1], b + 2);
+            ring.next();
+            const bool there = ring.is_full(), x_there = x_ring.is_full();
             if constexpr (kNorm) moments.add(mine);
+            multiply_group(sums, mine[2], b + 4);
+            multiply_group(sums, mine[3], b + 6);
+            products_commit();
             products_wait<1>();  // the unit before is multiplied: its weights and registers are free
-            if (leads && unit > first) barrier_arrive(done);
-            if (unit + 1 < last) pick(after, from);
+            barrier_arrive_if(leads && unit > first, before);
+            before = now;
+            if (unit + 1 >= last) return;
+            if (!x_there) x_ring.wait_full();
+            pick(after, from);
+            if (!there) ring.wait_full();
         };
         for (int32_t unit = first; unit < last; unit += 2) {
             step(a[0], a[1], unit);
@@ -246,12 +255,12 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         block.begin_barriers();
         block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
     }
-    typename Block::Row row{};
     typename Block::Constants constants;
-    if (multiplies) block.ask_constants(constants), block.clear_zeros(), row = block.row();
+    if (multiplies) block.ask_constants(constants), block.clear_zeros();
     __syncwarp();
     __syncthreads();  // barriers and zeros are there
     if (shared) cluster_arrive_read();  // this block has begun: the others may write to its memory
+    uint32_t only = multiplies ? block.put_offsets() : 0;
     wait_for_previous();
     if (multiplies) {
         if constexpr (Block::kUneven) registers_more<kConvMoreRegisters>();
@@ -262,7 +271,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
         auto ask = [&] {
             if constexpr (Block::kAsksEarly) block.ask_first(residuals);
         };
-        block.multiply(sums, moments, row, ask);
+        block.multiply(sums, moments, only, ask);
         let_next_begin();  // not before: its blocks would take places from those of another stream
         if constexpr (kNorm) moments.join();
         if (shared) {

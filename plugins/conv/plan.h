@@ -13,12 +13,13 @@ namespace canny {
 constexpr int kConvDeep = 64;              // channels of a unit of work: one tap of 64 channels
 constexpr int kConvBlock = 64 * kConvDeep;  // weights of a unit and 64 filters, side by side in memory
 constexpr int kConvPitch = kConvDeep;      // halves of a row of x in shared memory, swizzled as the weights are
-constexpr int kConvEight = 8;              // rows after which the swizzle repeats; so many zeros
+constexpr int kConvEight = 8;              // rows after which the swizzle repeats; so many are zeros
 constexpr int kConvMostBox = 256;          // rows of a copy
 constexpr int kConvWarpgroup = 128;
 constexpr int kConvMostBytes = 227 << 10;  // of shared memory that a block may have
 constexpr int kConvHalfBytes = 113 << 10;  // and with another on its processor
 constexpr int kConvMostGroups = 2, kConvMostCluster = 8;
+constexpr int32_t kConvPlaces = 8;         // most for weights
 constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
 struct ConvParams {
@@ -67,6 +68,11 @@ constexpr int32_t conv_part(int32_t gate, bool norm) { return ((4 << gate) + nor
 constexpr int32_t conv_parts(int32_t groups, int32_t wide, int32_t cluster, int32_t gate, bool norm) {
     int32_t pieces = 4 * groups * (wide / 32 >> gate);
     return cluster == 1 ? 0 : (pieces + cluster - 1) / cluster * cluster * conv_part(gate, norm);
+}
+
+// Bytes of where each thread's rows of x lie for each of several taps.
+constexpr int32_t conv_offsets(int32_t groups, int32_t taps) {
+    return taps == 1 ? 0 : taps * groups * kConvWarpgroup * int32_t(sizeof(uint32_t));
 }
 
 #ifdef __CUDACC__
@@ -121,22 +127,33 @@ inline void conv_extent(ConvPlan& plan) {
     p.x_box = conv_eights((most_x + p.x_boxes - 1) / p.x_boxes);
     p.x_rows = p.x_boxes * p.x_box;
     if (p.call.second_channels && most_second > p.x_rows) p.x_rows = most_second;
+    if (p.taps > 1) p.x_rows += kConvEight;
 }
 
-// Places for as much as fits, beside another block if it can be: the next kernel's begins to read weights while this
-// one ends. False where two of each do not fit.
+// Whether a processor has at most one block of a kernel that is alone on the GPU.
+inline bool conv_few(const ConvPlan& plan) {
+    return plan.tiles * plan.params.cluster <= kProcessors && !plan.params.call.beside;
+}
+
+// Places for as much as is worth it: copies take some 0.9 µs from when they are asked for, the more of them under way the
+// better, to what a block has to do in all. Beside another block if it can be: the next kernel's begins to read weights
+// while this one ends. False where what is least does not fit.
 inline bool conv_places(ConvPlan& plan) {
     ConvParams& p = plan.params;
     bool norm = p.call.weight_sums;
-    int32_t fixed = kConvEight * kConvPitch * 2 + kConvAlign + plan.wide * (1 + norm) * int32_t(sizeof(float)) +
+    int32_t fixed = kConvAlign + plan.wide * (1 + norm) * int32_t(sizeof(float)) + conv_offsets(plan.groups, p.taps) +
                     conv_parts(plan.groups, plan.wide, p.cluster, p.call.gate, norm);
-    int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2;
-    int32_t x_places = p.taps == 1 ? 4 : p.call.second_channels ? 3 : 2;  // the second map has one tap
-    int32_t places = plan.wide == 128 ? 6 : 8;
+    int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2, units = p.share + (p.rest > 0);
+    int32_t most_places = units < 4 ? 4 : units < kConvPlaces ? units : kConvPlaces;
+    int32_t most_x = p.taps == 1 ? most_places : p.call.second_channels ? 3 : 2;  // the second map has one tap
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
-    for (int32_t most : {conv_together(plan.groups, plan.wide) > 1 ? kConvHalfBytes : 0, kConvMostBytes}) {
-        p.x_places = x_places, p.places = places;
-        while (sum() > most && (p.places > 4 || p.x_places > 2)) p.places > 4 ? p.places-- : p.x_places--;
+    bool half = conv_together(plan.groups, plan.wide) > 1 && !conv_few(plan);
+    for (int32_t most : {half ? kConvHalfBytes : 0, kConvMostBytes}) {
+        p.x_places = most_x, p.places = most_places;
+        while (sum() > most && (p.places > 4 || p.x_places > 2)) {
+            bool fewer_x = p.places == 4 || (p.taps == 1 && p.x_places >= p.places);
+            (fewer_x && p.x_places > 2) ? p.x_places-- : p.places--;
+        }
         plan.bytes = sum();
         if (plan.bytes <= most) return true;
     }
@@ -151,8 +168,7 @@ inline int32_t conv_beside(const ConvPlan& plan) {
 // Alone on the GPU, a kernel of few blocks takes so much memory that no two of them share a processor: they are set up
 // while the kernel before still has most processors, and would crowd on the others.
 inline void conv_spread(ConvPlan& plan) {
-    bool few = plan.tiles * plan.params.cluster <= kProcessors && !plan.params.call.beside;
-    if (few && plan.bytes <= kConvHalfBytes) plan.bytes = kConvHalfBytes + 1024;
+    if (conv_few(plan) && plan.bytes <= kConvHalfBytes) plan.bytes = kConvHalfBytes + 1024;
 }
 
 // What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 1,542 cuts of 67 shapes, of
