@@ -124,6 +124,8 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
 
 inline void hold(uint32_t&) {}
 
+inline uint32_t uniform(uint32_t number) { return number; }
+
 inline void copy_block(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     emulator::Block& block = *emulator::current->block;
     emulator::Phases& one = emulator::phases_at(block, barrier);

@@ -81,6 +81,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
                  : "memory");
 }
 
+// The number that all lanes of a warp have: the compiler then knows that they do, and what is made of it is not made for each
+// lane and brought together for every product.
+__device__ __forceinline__ uint32_t uniform(uint32_t number) { return __reduce_or_sync(0xffffffffu, number); }
+
 // Have a number reckoned here, not where it is used.
 __device__ __forceinline__ void hold(uint32_t& number) { asm volatile("" : "+r"(number)); }
 

@@ -98,15 +98,20 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         return of_x / kTaps + unit - of_x;
     }
 
-    __device__ __forceinline__ ConvRing weights_ring() const { return {barriers, p.places, weights, kUnit}; }
+    __device__ __forceinline__ ConvRing weights_ring() const {
+        return {barriers, p.places, weights, uint32_t(kTaps == 1 ? kUnit + x_bytes() : kUnit)};
+    }
 
+    // Where each unit has channels of its own, they come behind its weights, and one barrier tells of both.
     __device__ __forceinline__ ConvRing positions_ring() const {
-        return {barriers + 16 * p.places, p.x_places, positions, uint32_t(x_bytes())};
+        uint32_t bytes = x_bytes();
+        if (kTaps == 1) return {barriers, p.places, weights + kUnit, kUnit + bytes};
+        return {barriers + 16 * p.places, p.x_places, positions, bytes};
     }
 
     __device__ __forceinline__ void begin_barriers() const {
-        weights_ring().begin_barriers(1, kConsumers / 32);
-        positions_ring().begin_barriers(1, kConsumers / 32);
+        weights_ring().begin_barriers(kTaps == 1 ? 2 : 1, kConsumers / 32);
+        if (kTaps > 1) positions_ring().begin_barriers(1, kConsumers / 32);
         barriers_begun();
     }
 
@@ -194,28 +199,41 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     multiply(float (&sums)[kSums], Moments& moments, uint32_t only, Meanwhile&& meanwhile) const {
         const bool leads = lane == 0;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
+        hold(x_ring.base), x_ring.place = x_ring.base, hold(x_ring.full);
         // left: of the units that have these channels of x in common.
         int32_t tap = first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2;
         int32_t left = first < p.x_units ? kTaps - tap : 1;
-        auto offset = [&] { return kTaps == 1 ? only : offsets[tap * kConsumers + threadIdx.x]; };
+        auto offset = [&] { return offsets[tap * kConsumers + threadIdx.x]; };
         uint32_t a[2][4][4], before = 0;  // before: the barrier of the weights that were multiplied last
-        x_ring.wait_full();
-        pick(a[0], x_ring.place + offset());
+        if (kTaps > 1) x_ring.wait_full();
         ring.wait_full();
+        pick(a[0], x_ring.place + (kTaps > 1 ? offset() : only));
         auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
-            const uint64_t b = matrix_at(ring.place);
+            const uint64_t b = matrix_at(uniform(ring.place));
+            const uint32_t now = ring.empty();
             products_begin();
             multiply_group(sums, mine[0], b);
-            left--, tap++;
-            const bool ends = left == 0, of_x = unit + 1 < p.x_units;
-            barrier_arrive_if(ends && leads, x_ring.empty());  // rows of these channels are all in registers
-            x_ring.next_if(ends);
-            if (ends) tap = of_x ? 0 : kTaps / 2, left = of_x ? kTaps : 1;
-            uint32_t from = x_ring.place + offset(), now = ring.empty();
-            hold(from);
-            multiply_group(sums, mine[1], b + 2);
-            ring.next();
-            const bool there = ring.is_full(), x_there = x_ring.is_full();
+            bool x_there = true;
+            uint32_t from;
+            if constexpr (kTaps > 1) {
+                left--, tap++;
+                const bool ends = left == 0, of_x = unit + 1 < p.x_units;
+                barrier_arrive_if(ends && leads, x_ring.empty());  // rows of these channels are all in registers
+                x_ring.next_if(ends);
+                if (ends) tap = of_x ? 0 : kTaps / 2, left = of_x ? kTaps : 1;
+                from = x_ring.place + offset();
+                hold(from);
+                multiply_group(sums, mine[1], b + 2);
+                ring.next();
+                x_there = x_ring.is_full();
+            } else {
+                x_ring.next();
+                from = x_ring.place + only;
+                hold(from);
+                multiply_group(sums, mine[1], b + 2);
+                ring.next();
+            }
+            const bool there = ring.is_full();
             if constexpr (kNorm) moments.add(mine);
             multiply_group(sums, mine[2], b + 4);
             multiply_group(sums, mine[3], b + 6);
@@ -224,9 +242,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
             barrier_arrive_if(leads && unit > first, before);
             before = now;
             if (unit + 1 >= last) return;
-            if (!x_there) x_ring.wait_full();
+            if (kTaps > 1 && !x_there) x_ring.wait_full();
+            if (kTaps == 1 && !there) ring.wait_full();
             pick(after, from);
-            if (!there) ring.wait_full();
+            if (kTaps > 1 && !there) ring.wait_full();
         };
         for (int32_t unit = first; unit < last; unit += 2) {
             step(a[0], a[1], unit);

@@ -147,12 +147,14 @@ inline bool conv_places(ConvPlan& plan) {
     int32_t most_places = units < 4 ? 4 : units < kConvPlaces ? units : kConvPlaces;
     int32_t most_x = p.taps == 1 ? most_places : p.call.second_channels ? 3 : 2;  // the second map has one tap
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
+    int32_t least = p.taps == 1 ? 3 : 4, least_x = p.taps == 1 ? 3 : 2;
     bool half = conv_together(plan.groups, plan.wide) > 1 && !conv_few(plan);
     for (int32_t most : {half ? kConvHalfBytes : 0, kConvMostBytes}) {
         p.x_places = most_x, p.places = most_places;
-        while (sum() > most && (p.places > 4 || p.x_places > 2)) {
-            bool fewer_x = p.places == 4 || (p.taps == 1 && p.x_places >= p.places);
-            (fewer_x && p.x_places > 2) ? p.x_places-- : p.places--;
+        while (sum() > most && (p.places > least || p.x_places > least_x)) {
+            if (p.places > least) p.places--;
+            else p.x_places--;
+            if (p.taps == 1) p.x_places = p.places;  // a place is for both
         }
         plan.bytes = sum();
         if (plan.bytes <= most) return true;
