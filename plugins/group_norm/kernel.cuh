@@ -8,14 +8,20 @@
 namespace canny {
 
 // The kernel of one launch whose threads hold as much as the plan says.
-template <typename T, typename P, typename Launch>
+template <typename T, int kSegments, typename P, typename Launch>
 bool run_one_launch(const P& p, dim3 grid, Launch&& launch) {
     constexpr int kMost = sizeof(T) == 2 ? kBatchesHalf : kBatchesFloat;
     int32_t batches = p.plan.batches, cluster = p.plan.slices;
-    if (batches == 1) return launch(one_launch<T, 1, 2, P>, grid, cluster, p);
-    if (batches == 2) return launch(one_launch<T, 2, 2, P>, grid, cluster, p);
-    if (batches <= 4) return launch(one_launch<T, 4, 2, P>, grid, cluster, p);
-    return launch(one_launch<T, kMost, 2, P>, grid, cluster, p);
+    if (batches == 1) return launch(one_launch<T, 1, kSegments, P>, grid, cluster, p);
+    if (batches == 2) return launch(one_launch<T, 2, kSegments, P>, grid, cluster, p);
+    if (batches <= 4) return launch(one_launch<T, 4, kSegments, P>, grid, cluster, p);
+    return launch(one_launch<T, kMost, kSegments, P>, grid, cluster, p);
+}
+
+template <typename T, typename P, typename Launch>
+bool run_one_launch(const P& p, dim3 grid, Launch&& launch) {
+    if (p.per_group % kWidth == 0) return run_one_launch<T, 1>(p, grid, launch);
+    return run_one_launch<T, 2>(p, grid, launch);
 }
 
 // `launch(kernel, grid, cluster, params)` with each kernel in turn; true unless one could not be launched.
@@ -39,13 +45,17 @@ bool run(const Params& p, dim3 grid, Launch&& launch) {
 }
 
 inline Params params_of(const CannyGroupNorm& call) {
-    return {call.x,        call.gamma,
-            call.beta,     call.row_batch ? call.row : nullptr,
-            call.y,        static_cast<float*>(call.workspace),
-            call.channels, call.positions,
-            call.groups,   call.row_batch > 1 ? call.channels : 0,
-            call.silu,     call.epsilon,
-            plan_of(call)};
+    Params p{call.x,        call.gamma,
+             call.beta,     call.row_batch ? call.row : nullptr,
+             call.y,        static_cast<float*>(call.workspace),
+             call.channels, call.positions,
+             call.groups,   call.row_batch > 1 ? call.channels : 0,
+             call.silu,     call.epsilon};
+    p.plan = plan_of(call);
+    if (p.plan.path == Path::kNone) return p;
+    p.per_group = p.channels / p.groups;
+    p.each_value = 1.f / (float(p.per_group) * float(p.positions));
+    return p;
 }
 
 // Do a call; false where its plan has no path or a launch failed.
