@@ -12,8 +12,8 @@ namespace canny {
 
 // A thread's place in a tile: one vector of channels, every `lanes`-th position of a slice.
 // kSegments: groups that the vector lies in at most; 8: each channel has its own record.
-// kJoined: the map is joined, so that there is neither a row nor padding.
-template <typename T, int kSegments, bool kJoined = false>
+// kPlain: there is neither a row nor padding.
+template <typename T, int kSegments, bool kPlain = false>
 struct Thread {
     const Params& p;
     int32_t column, lane, channel, tile_groups, first_group, cut, wide, begin, left;
@@ -34,8 +34,8 @@ struct Thread {
         offset = int64_t(blockIdx.z) * (p.positions * plan.pitch) + ((begin + lane) * plan.pitch + channel);
     }
 
-    __device__ __forceinline__ bool padded() const { return !kJoined && wide > 0 && wide < kWidth; }
-    __device__ __forceinline__ bool has_row() const { return !kJoined && p.row != nullptr; }
+    __device__ __forceinline__ bool padded() const { return !kPlain && wide > 0 && wide < kWidth; }
+    __device__ __forceinline__ bool has_row() const { return !kPlain && p.row != nullptr; }
 
     // How many of V positions from `first` on are this thread's.
     template <int V>
@@ -276,12 +276,12 @@ private:
 };
 
 // One pass: the blocks of a cluster hold all positions of their tile in registers, read or joined there.
-template <typename T, int V, int kSegments, typename P = Params>
+template <typename T, int V, int kSegments, bool kPlain = false, typename P = Params>
 __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) one_launch(const P p) {
     const Plan& plan = p.plan;
     constexpr bool kJoins = std::is_same_v<P, JoinParams>;
-    constexpr bool kFull = V == 2 && kSegments == 2 && !kJoins;  // of registers, until there are statistics
-    Thread<T, kSegments, kJoins> thread(p);
+    constexpr bool kFull = V == 2 && kSegments == 2 && !kPlain;  // of registers, until there are statistics
+    Thread<T, kSegments, kPlain> thread(p);
     Shared shared(plan);
     Vector<T> data[V];
     Vector<T> row;

@@ -41,22 +41,25 @@ namespace {
 template <typename T>
 int32_t load_kernels() {
     int32_t oldest = INT32_MAX;
+    auto load = [&](auto kernel, dim3, int32_t, const canny::Params&) {
+        cudaFuncAttributes attributes{};
+        bool loaded = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+        int32_t version = loaded ? attributes.ptxVersion : 0;
+        oldest = version < oldest ? version : oldest;
+        return true;
+    };
     for (canny::Path path : {canny::Path::kOneLaunch, canny::Path::kTwoLaunches, canny::Path::kLinear})
         for (int32_t batches : {1, 2, 4, canny::kBatchesHalf})
-            for (int32_t per_group : {1, canny::kWidth, canny::kWidth + 2}) {
-                canny::Params p{};
-                p.plan.path = path;
-                p.plan.batches = batches;
-                p.plan.per_channel = per_group == 1;
-                p.per_group = per_group;
-                canny::run<T>(p, dim3(), [&](auto kernel, dim3, int32_t, const canny::Params&) {
-                    cudaFuncAttributes attributes{};
-                    bool loaded = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-                    int32_t version = loaded ? attributes.ptxVersion : 0;
-                    oldest = version < oldest ? version : oldest;
-                    return true;
-                });
-            }
+            for (int32_t per_group : {1, canny::kWidth, canny::kWidth + 2})
+                for (const void* row : {static_cast<const void*>(nullptr), static_cast<const void*>(&oldest)}) {
+                    canny::Params p{};
+                    p.row = row;
+                    p.per_group = per_group;
+                    p.plan.path = path;
+                    p.plan.batches = batches;
+                    p.plan.per_channel = per_group == 1;
+                    canny::run<T>(p, dim3(), load);
+                }
     return oldest;
 }
 
