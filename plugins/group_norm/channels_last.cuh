@@ -27,17 +27,16 @@ struct Thread {
         tile_groups = min(plan.tile_groups, p.groups - int32_t(blockIdx.y) * plan.tile_groups);
         first_group = divide(column * kWidth, plan.by_group);     // of the vector, counted in the tile
         cut = (first_group + 1) * p.per_group - column * kWidth;  // its channels from here on are of the next group
-        wide =
-            lane < plan.lanes ? min(kWidth, p.channels - channel) : 0;  // channels that there are; the rest is padding
+        wide = lane < plan.lanes ? min(kWidth, p.channels - channel) : 0;  // those there are; the rest is padding
         begin = blockIdx.x * plan.slice;
-        left = wide > 0 ? min(plan.slice, p.positions - begin) - lane : 0;  // positions from the thread's first one on
+        left = wide > 0 ? min(plan.slice, p.positions - begin) - lane : 0;  // positions from its first one on
         offset = int64_t(blockIdx.z) * (p.positions * plan.pitch) + ((begin + lane) * plan.pitch + channel);
     }
 
     __device__ __forceinline__ bool padded() const { return !kPlain && wide > 0 && wide < kWidth; }
     __device__ __forceinline__ bool has_row() const { return !kPlain && p.row != nullptr; }
 
-    // How many of V positions from `first` on are this thread's.
+    // How many of V positions from `first` on are the thread's.
     template <int V>
     __device__ __forceinline__ int32_t count(int32_t first) const {
         int32_t there = 0;
@@ -66,7 +65,7 @@ struct Thread {
         }
     }
 
-    // Of a joined map, whose parts have multiples of 8 channels: which one is the thread's, and where its first position.
+    // Of a joined map, whose parts have multiples of 8 channels: whether x is the thread's, and where it begins there.
     __device__ __forceinline__ bool of_x(const CannyJoin& join) const { return channel < join.first; }
     __device__ __forceinline__ int64_t part(const CannyJoin& join) const {
         int32_t width = of_x(join) ? join.first : join.second;
@@ -127,11 +126,11 @@ struct Thread {
         load_channels(row, from, p.channels % kWidth == 0);
     }
 
-    // What is known of the records of `count` positions before these: how many values there are, and 1 / that.
-    __device__ __forceinline__ void count_values(Record (&found)[kSegments], float (&each)[kSegments], int32_t count) const {
+    // What records of `count` positions have beforehand: the number of their values, and 1 / that.
+    __device__ __forceinline__ void prepare(Record (&found)[kSegments], float (&each)[kSegments], int32_t count) const {
 #pragma unroll
         for (int s = 0; s < kSegments; s++) {
-            int32_t channels = kSegments == 1 ? wide : kSegments > 2 ? 1 : s == 0 ? min(cut, wide) : wide - cut;
+            int32_t channels = kSegments > 2 ? 1 : kSegments == 1 ? wide : s == 0 ? min(cut, wide) : wide - cut;
             found[s].count = float(channels * count);
             each[s] = reciprocal_fast(fmaxf(found[s].count, 1.f));
         }
@@ -158,11 +157,10 @@ struct Thread {
         for (int c = 0; c < kWidth; c++) add(total, c, shift[c], true);
 #pragma unroll
         for (int s = 0; s < kSegments; s++) found[s].mean = total[s] * each[s];
+        float mean = found[0].mean, next = found[kSegments - 1].mean;
 #pragma unroll
-        for (int c = 0; c < kWidth; c++) {
-            float first = found[0].mean, next = found[kSegments - 1].mean;
-            shift[c] = kSegments > 2 ? found[c % kSegments].mean : is_next(c) ? next : first;
-        }
+        for (int c = 0; c < kWidth; c++)
+            shift[c] = kSegments > 2 ? found[c % kSegments].mean : is_next(c) ? next : mean;
         if (has_row()) {
 #pragma unroll
             for (int c = 0; c < kWidth; c++) shift[c] -= to_float(row.value[c]);
@@ -205,7 +203,7 @@ struct Thread {
 #pragma unroll
             for (int s = 0; s < kSegments; s++) {
                 if (s >= wide) break;
-                int32_t j = divide(column * kWidth + s, p.plan.by_group), which = column * kWidth + s - j * p.per_group;
+                int32_t at = column * kWidth + s, j = divide(at, p.plan.by_group), which = at - j * p.per_group;
                 shared.slots[j * p.plan.slots + which * p.plan.lanes + lane] = records[s];
             }
         }
@@ -223,12 +221,13 @@ struct Thread {
     __device__ __forceinline__ void coefficients(
         const Shared& shared, const Vector<T>& row, Vector<float>& scale, Vector<float>& shift
     ) const {
-        int32_t last = p.plan.tile_groups - 1;
-        float2 first = shared.norms[first_group], next = shared.norms[min(first_group + 1, last)];
+        // Behind the last group, where no vector has a next one, lie numbers that nobody uses.
+        float2 first = shared.norms[first_group], next = shared.norms[first_group + 1];
 #pragma unroll
         for (int c = 0; c < kWidth; c++) {
             float2 norm = is_next(c) ? next : first;
-            if (kSegments > 2) norm = shared.norms[min(divide(column * kWidth + c, p.plan.by_group), last)];
+            int32_t j = min(divide(column * kWidth + c, p.plan.by_group), p.plan.tile_groups - 1);
+            if (kSegments > 2) norm = shared.norms[j];
             scale.value[c] *= norm.y;
             shift.value[c] -= norm.x * scale.value[c];
         }
@@ -292,10 +291,10 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
     Turn turn(plan, thread.tile_groups, used);
     Record records[kSegments];
     float each_value[kSegments];
-    thread.count_values(records, each_value, count);
+    thread.prepare(records, each_value, count);
     thread.load_channels(scale, p.gamma);  // no kernel writes these
     if (!kFull) thread.load_channels(shift, p.beta);
-    int32_t known = count & slot & turn.known();
+    int32_t known = thread.left & slot & turn.known();
     if (kSegments == 2) known &= next_slot;
     if constexpr (kJoins) {
         int64_t from = thread.part(p.join);
@@ -351,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, kSegments == 2 ? 2 : 1) statistics(c
         float each[kSegments];
         int32_t count = thread.template count<V>(first);
         thread.load(data, thread.from(first), count);
-        thread.count_values(found, each, count);
+        thread.prepare(found, each, count);
         thread.take(found, each, data, count, row);
 #pragma unroll
         for (int s = 0; s < kSegments; s++) records[s] = merge(records[s], found[s]);

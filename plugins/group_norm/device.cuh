@@ -71,7 +71,8 @@ __device__ __forceinline__ void wait_for_previous() {
 // arithmetic behind the wait that could be done before.
 __device__ __forceinline__ void wait_for_previous(int known) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("{\n\t.reg .pred is;\n\tsetp.ne.s32 is, %0, -1;\n\t@is griddepcontrol.wait;\n\t}" ::"r"(known) : "memory");
+    asm volatile("{\n\t.reg .pred is;\n\tsetp.ne.s32 is, %0, -1;\n\t@is griddepcontrol.wait;\n\t}" ::"r"(known)
+                 : "memory");
 #endif
 }
 

@@ -1,8 +1,9 @@
 // What both kernels are made of: records of statistics, their merging in a fixed order, the arithmetic of the output.
 //
 // Statistics are in float: each thread takes mean and squares about that mean of the few values that it holds in
-// registers, and such records (count, mean, squares) are merged pairwise (Chan, Golub & LeVeque 1983), always in the
-// same order. Nothing cancels, and the same input gives the same bits.
+// registers, and such records (count, mean, squares) are merged, always in the same order: pairwise where a thread goes
+// over many values (Chan, Golub & LeVeque 1983), else as sums about the mean of one of them. Little cancels, and the
+// same input gives the same bits.
 #pragma once
 
 #include "../tokens/call.h"
@@ -43,8 +44,9 @@ __device__ __forceinline__ Record merge(const Record& a, const Record& b) {
     return c;
 }
 
-// Records about a number near their means, so that adding merges them. It is the mean of one of them: its distance from
-// that of all is no more than their spread allows, and what cancels is little.
+// Records about a number near their means, so that additions merge them, which are few instructions. The number is the
+// mean of one of them, of m values. Its distance d from the mean of all n is in their squares then: m·d² is no more than
+// these are, and what cancels, n·d², no more than n / m times what is left. A float has digits for that.
 struct Sums {
     float near, count = 0.f, deviation = 0.f, squares = 0.f;
 
@@ -132,11 +134,7 @@ __device__ __forceinline__ void merge_norms(
     for (int32_t j = threadIdx.x / 32; j < groups; j += warps) {
         Sums a{near[j * step].mean};
 #pragma unroll 1
-        for (int32_t i = lane; i < count; i += 64) {
-            Record one = get(j, i);
-            if (i + 32 < count) a.add(get(j, i + 32));  // both are under way at once
-            a.add(one);
-        }
+        for (int32_t i = lane; i < count; i += 32) a.add(get(j, i));  // seldom more than once
         a.deviation = sum_warp(a.deviation);
         a.squares = sum_warp(a.squares);
         Record merged = a.record(p.each_value);
