@@ -341,6 +341,7 @@ inline float3 cluster_read_3(const float* mine, int rank) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
+inline float rsqrt_fast(float x) { return rsqrtf(x); }
 inline float to_float(__half x) { return float(x); }
 inline float to_float(float x) { return x; }
 inline void from_float(float x, __half& y) { y = __half(x); }

@@ -12,8 +12,8 @@ namespace canny {
 
 // A thread's place in a tile: one vector of channels, every `lanes`-th position of a slice.
 // kSegments: groups that the vector lies in at most; 8: each channel has its own record.
-// kPlain: there is neither a row nor padding.
-template <typename T, int kSegments, bool kPlain = false>
+// kMore: what else there may be: 0 nothing, 1 a row, 2 a row and padding.
+template <typename T, int kSegments, int kMore = 2>
 struct Thread {
     const Params& p;
     int32_t column, lane, channel, tile_groups, first_group, cut, wide, begin, left;
@@ -33,8 +33,8 @@ struct Thread {
         offset = int64_t(blockIdx.z) * (p.positions * plan.pitch) + ((begin + lane) * plan.pitch + channel);
     }
 
-    __device__ __forceinline__ bool padded() const { return !kPlain && wide > 0 && wide < kWidth; }
-    __device__ __forceinline__ bool has_row() const { return !kPlain && p.row != nullptr; }
+    __device__ __forceinline__ bool padded() const { return kMore > 1 && wide > 0 && wide < kWidth; }
+    __device__ __forceinline__ bool has_row() const { return kMore > 0 && p.row != nullptr; }
 
     // How many of V positions from `first` on are the thread's.
     template <int V>
@@ -123,7 +123,7 @@ struct Thread {
         row.clear(0);
         if (!has_row()) return;
         const T* from = static_cast<const T*>(p.row) + int64_t(blockIdx.z) * p.row_stride;
-        load_channels(row, from, p.channels % kWidth == 0);
+        load_channels(row, from, kMore < 2 || p.channels % kWidth == 0);
     }
 
     // What records of `count` positions have beforehand: the number of their values, and 1 / that.
@@ -275,12 +275,12 @@ private:
 };
 
 // One pass: the blocks of a cluster hold all positions of their tile in registers, read or joined there.
-template <typename T, int V, int kSegments, bool kPlain = false, typename P = Params>
+template <typename T, int V, int kSegments, int kMore = 2, typename P = Params>
 __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) one_launch(const P p) {
     const Plan& plan = p.plan;
     constexpr bool kJoins = std::is_same_v<P, JoinParams>;
-    constexpr bool kFull = V == 2 && kSegments == 2 && !kPlain;  // of registers, until there are statistics
-    Thread<T, kSegments, kPlain> thread(p);
+    constexpr bool kFull = V == 2 && kSegments == 2 && kMore > 0;  // of registers, until there are statistics
+    Thread<T, kSegments, kMore> thread(p);
     Shared shared(plan);
     Vector<T> data[V];
     Vector<T> row;

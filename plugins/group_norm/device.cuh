@@ -95,6 +95,12 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float rsqrt_fast(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ void from_float(float x, __half& y) { y = __float2half_rn(x); }

@@ -51,9 +51,10 @@ int32_t load_kernels() {
     for (canny::Path path : {canny::Path::kOneLaunch, canny::Path::kTwoLaunches, canny::Path::kLinear})
         for (int32_t batches : {1, 2, 4, canny::kBatchesHalf})
             for (int32_t per_group : {1, canny::kWidth, canny::kWidth + 2})
-                for (const void* row : {static_cast<const void*>(nullptr), static_cast<const void*>(&oldest)}) {
+                for (int32_t more : {0, 1, 2}) {
                     canny::Params p{};
-                    p.row = row;
+                    p.row = more ? &oldest : nullptr;
+                    p.channels = more < 2 ? canny::kWidth : 1;
                     p.per_group = per_group;
                     p.plan.path = path;
                     p.plan.batches = batches;

@@ -8,20 +8,20 @@
 namespace canny {
 
 // The kernel of one launch whose threads hold as much as the plan says.
-template <typename T, int kSegments, bool kPlain, typename P, typename Launch>
+template <typename T, int kSegments, int kMore, typename P, typename Launch>
 bool run_one_launch(const P& p, dim3 grid, Launch&& launch) {
     constexpr int kMost = sizeof(T) == 2 ? kBatchesHalf : kBatchesFloat;
     int32_t batches = p.plan.batches, cluster = p.plan.slices;
-    if (batches == 1) return launch(one_launch<T, 1, kSegments, kPlain, P>, grid, cluster, p);
-    if (batches == 2) return launch(one_launch<T, 2, kSegments, kPlain, P>, grid, cluster, p);
-    if (batches <= 4) return launch(one_launch<T, 4, kSegments, kPlain, P>, grid, cluster, p);
-    return launch(one_launch<T, kMost, kSegments, kPlain, P>, grid, cluster, p);
+    if (batches == 1) return launch(one_launch<T, 1, kSegments, kMore, P>, grid, cluster, p);
+    if (batches == 2) return launch(one_launch<T, 2, kSegments, kMore, P>, grid, cluster, p);
+    if (batches <= 4) return launch(one_launch<T, 4, kSegments, kMore, P>, grid, cluster, p);
+    return launch(one_launch<T, kMost, kSegments, kMore, P>, grid, cluster, p);
 }
 
-template <typename T, bool kPlain, typename P, typename Launch>
+template <typename T, int kMore, typename P, typename Launch>
 bool run_one_launch(const P& p, dim3 grid, Launch&& launch) {
-    if (p.per_group % kWidth == 0) return run_one_launch<T, 1, kPlain>(p, grid, launch);
-    return run_one_launch<T, 2, kPlain>(p, grid, launch);
+    if (p.per_group % kWidth == 0) return run_one_launch<T, 1, kMore>(p, grid, launch);
+    return run_one_launch<T, 2, kMore>(p, grid, launch);
 }
 
 // `launch(kernel, grid, cluster, params)` with each kernel in turn; true unless one could not be launched.
@@ -33,9 +33,11 @@ bool run(const Params& p, dim3 grid, Launch&& launch) {
     switch (plan.path) {
         case Path::kOneLaunch:
             if (each) return launch(one_launch<T, kMost, 8>, grid, plan.slices, p);
-            if (sizeof(T) == 2 && p.row == nullptr && p.channels % kWidth == 0)
-                return run_one_launch<T, sizeof(T) == 2>(p, grid, launch);
-            return run_one_launch<T, false>(p, grid, launch);
+            if constexpr (sizeof(T) == 2) {
+                if (p.channels % kWidth) return run_one_launch<T, 2>(p, grid, launch);
+                if (p.row == nullptr) return run_one_launch<T, 0>(p, grid, launch);
+            }
+            return run_one_launch<T, 1>(p, grid, launch);  // in single precision there is no padding
         case Path::kTwoLaunches:
             if (each) return launch(statistics<T, 2, 8>, grid, 1, p) && launch(apply<T, 4, 8>, grid, 1, p);
             return launch(statistics<T, 2, 2>, grid, 1, p) && launch(apply<T, 4, 2>, grid, 1, p);
@@ -76,7 +78,7 @@ bool run(const CannyJoinNorm& call, Launch&& launch, Join&& join, Norm&& norm) {
     if (p.plan.path == Path::kNone) return false;
     bool vectors = call.first > 0 && call.second > 0 && call.first % kWidth == 0 && call.second % kWidth == 0;
     if (!vectors || p.plan.path != Path::kOneLaunch || p.plan.per_channel) return join(p.join) && norm(of_joined);
-    return run_one_launch<__half, true>(p, dim3(p.plan.slices, p.plan.tiles, call.batch), launch);
+    return run_one_launch<__half, 0>(p, dim3(p.plan.slices, p.plan.tiles, call.batch), launch);
 }
 
 }  // namespace canny

@@ -138,7 +138,8 @@ __device__ __forceinline__ void merge_norms(
         a.deviation = sum_warp(a.deviation);
         a.squares = sum_warp(a.squares);
         Record merged = a.record(p.each_value);
-        if (lane == 0) shared.norms[j] = make_float2(merged.mean, rsqrtf(merged.squares * p.each_value + p.epsilon));
+        float scale = rsqrt_fast(merged.squares * p.each_value + p.epsilon);
+        if (lane == 0) shared.norms[j] = make_float2(merged.mean, scale);
     }
 }
 
