@@ -43,6 +43,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct float3 {
+    float x, y, z;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -320,6 +323,11 @@ inline void let_next_begin() {}
 
 inline void wait_for_previous() { emulator::current->waited = true; }
 
+inline void wait_for_previous(int known) {
+    if (known == -1) emulator::fault = "no wait for the kernel before";
+    wait_for_previous();
+}
+
 inline float cluster_read(const float* mine, int rank) {
     size_t offset = reinterpret_cast<const char*>(mine) - shared_memory();
     float value;
@@ -327,8 +335,13 @@ inline float cluster_read(const float* mine, int rank) {
     return value;
 }
 
+inline float3 cluster_read_3(const float* mine, int rank) {
+    return {cluster_read(mine, rank), cluster_read(mine + 1, rank), cluster_read(mine + 2, rank)};
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
+inline float rsqrt_fast(float x) { return rsqrtf(x); }
 inline float to_float(__half x) { return float(x); }
 inline float to_float(float x) { return x; }
 inline void from_float(float x, __half& y) { y = __half(x); }

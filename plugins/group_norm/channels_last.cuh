@@ -11,90 +11,108 @@
 namespace canny {
 
 // A thread's place in a tile: one vector of channels, every `lanes`-th position of a slice.
-template <typename T, int kSegments>  // 2: the vector lies in two groups at most; 8: each channel has its own record
+// kSegments: groups that the vector lies in at most; 8: each channel has its own record.
+// kMore: what else there may be: 0 nothing, 1 a row, 2 a row and padding.
+template <typename T, int kSegments, int kMore = 2>
 struct Thread {
     const Params& p;
-    int32_t column, lane, channel, tile_groups, per_group, first_group, cut, wide, begin, rows;
-    int64_t sample;
+    int32_t column, lane, channel, tile_groups, first_group, cut, wide, begin, left;
+    int64_t offset;  // of its first position
 
     __device__ __forceinline__ explicit Thread(const Params& params) : p(params) {
         const Plan& plan = p.plan;
         lane = divide(threadIdx.x, plan.by_columns);
         column = threadIdx.x - lane * plan.columns;
         channel = blockIdx.y * plan.tile + column * kWidth;
-        per_group = p.channels / p.groups;
         tile_groups = min(plan.tile_groups, p.groups - int32_t(blockIdx.y) * plan.tile_groups);
-        first_group = divide(column * kWidth, plan.by_group);   // of the vector, counted in the tile
-        cut = (first_group + 1) * per_group - column * kWidth;  // its channels from here on are of the next group
-        wide =
-            lane < plan.lanes ? min(kWidth, p.channels - channel) : 0;  // channels that there are; the rest is padding
+        first_group = divide(column * kWidth, plan.by_group);     // of the vector, counted in the tile
+        cut = (first_group + 1) * p.per_group - column * kWidth;  // its channels from here on are of the next group
+        wide = lane < plan.lanes ? min(kWidth, p.channels - channel) : 0;  // those there are; the rest is padding
         begin = blockIdx.x * plan.slice;
-        rows = min(plan.slice, p.positions - begin);
-        sample = int64_t(blockIdx.z) * p.positions * plan.pitch;
+        left = wide > 0 ? min(plan.slice, p.positions - begin) - lane : 0;  // positions from its first one on
+        offset = int64_t(blockIdx.z) * (p.positions * plan.pitch) + ((begin + lane) * plan.pitch + channel);
     }
 
-    __device__ __forceinline__ int32_t offset(int32_t position) const {
-        return (begin + position) * p.plan.pitch + channel;
-    }
+    __device__ __forceinline__ bool padded() const { return kMore > 1 && wide > 0 && wide < kWidth; }
+    __device__ __forceinline__ bool has_row() const { return kMore > 0 && p.row != nullptr; }
 
-    // How many of V positions from `first` on are this thread's.
+    // How many of V positions from `first` on are the thread's.
     template <int V>
-    __device__ __forceinline__ int32_t load(Vector<T> (&data)[V], int32_t first) const {
-        const T* x = static_cast<const T*>(p.x) + sample;
-        int32_t count = 0;
+    __device__ __forceinline__ int32_t count(int32_t first) const {
+        int32_t there = 0;
+#pragma unroll
+        for (int v = 0; v < V; v++) there += first + v * p.plan.lanes < left;
+        return there;
+    }
+
+    __device__ __forceinline__ const T* from(int32_t first) const {
+        return static_cast<const T*>(p.x) + offset + first * p.plan.pitch;
+    }
+
+    // `count` of V positions from x on, zeros for the others.
+    template <int V>
+    __device__ __forceinline__ void load(Vector<T> (&data)[V], const T* x, int32_t count) const {
+        int32_t step = p.plan.lanes * p.plan.pitch;
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            int32_t position = first + v * p.plan.lanes + lane;
-            if (wide > 0 && position < rows) {
-                data[v].load(x + offset(position));
-                if (wide < kWidth) data[v].clear(wide);  // or NaN out of the padding would go into the padding
-                count++;
-            } else {
-                data[v].clear(0);
-            }
+            data[v].clear(0);
+            if (v < count) data[v].load(x);
+            x += step;
         }
-        return count;
+        if (padded()) {  // or NaN out of the padding would go into the padding
+#pragma unroll
+            for (int v = 0; v < V; v++) data[v].clear(wide);
+        }
     }
 
-    // The same of a map of half precision that is joined now and written, of parts with a multiple of 8 channels.
+    // Of a joined map, whose parts have multiples of 8 channels: whether x is the thread's, and where it begins there.
+    __device__ __forceinline__ bool of_x(const CannyJoin& join) const { return channel < join.first; }
+    __device__ __forceinline__ int64_t part(const CannyJoin& join) const {
+        int32_t width = of_x(join) ? join.first : join.second;
+        int32_t within = (begin + lane) * width + channel - (of_x(join) ? 0 : join.first);
+        return int64_t(blockIdx.z) * (p.positions * width) + within;
+    }
+
+    // The same of a map of half precision that is joined now and written, `from` being that part's.
     template <int V>
-    __device__ __forceinline__ int32_t load_joined(Vector<__half> (&data)[V], const CannyJoin& join) const {
-        bool of_x = channel < join.first;
-        int32_t width = of_x ? join.first : join.second;
-        int64_t from = (int64_t(blockIdx.z) * p.positions + begin) * width + channel - (of_x ? 0 : join.first);
+    __device__ __forceinline__ void load_joined(
+        Vector<__half> (&data)[V], const CannyJoin& join, int64_t from, int32_t count
+    ) const {
+        bool of_x = this->of_x(join);
+        int32_t step = p.plan.lanes * (of_x ? join.first : join.second);
         const __half* base = static_cast<const __half*>(of_x ? join.x : join.skip) + from;
         const __half* added = static_cast<const __half*>(of_x ? join.x_residual : join.residual);
         bool adds = added != nullptr;
+        added += from;
         Vector<__half> residual[V];
-        int32_t count = 0;
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            int32_t position = v * p.plan.lanes + lane;
             data[v].clear(0);
-            if (wide > 0 && position < rows) {
-                data[v].load(base + position * width);
-                if (adds) residual[v].load(added + from + position * width);
-                count++;
+            if (v < count) {
+                data[v].load(base);
+                if (adds) residual[v].load(added);
             }
+            base += step;
+            added += step;
         }
         float scale = adds ? (of_x ? join.x_scales : join.scales)[blockIdx.z] : 0.f;
-        __half* y = static_cast<__half*>(join.y) + sample;
+        __half* y = static_cast<__half*>(join.y) + offset;
 #pragma unroll
         for (int v = 0; v < V; v++) {
             if (v >= count) break;
             if (adds) add_scaled(data[v], scale, residual[v]);
-            data[v].store(y + offset(v * p.plan.lanes + lane));
+            data[v].store(y);
+            y += p.plan.lanes * p.plan.pitch;
         }
-        return count;
     }
 
-    // The vector of `from` at this thread's channels, which may be fewer than a vector has.
+    // The vector of `from` at this thread's channels, which may be fewer than a vector has; `aligned`: as vectors are.
     template <typename U>
-    __device__ __forceinline__ void load_channels(Vector<U>& values, const U* from) const {
+    __device__ __forceinline__ void load_channels(Vector<U>& values, const U* from, bool aligned = true) const {
         values.clear(0);
-        if (wide == kWidth && p.channels % kWidth == 0) {
+        if (wide == kWidth && aligned) {
             values.load(from + channel);
-        } else {
+        } else if (padded() || !aligned) {
 #pragma unroll
             for (int c = 0; c < kWidth; c++)
                 if (c < wide) values.value[c] = from[channel + c];
@@ -103,85 +121,123 @@ struct Thread {
 
     __device__ __forceinline__ void load_row(Vector<T>& row) const {
         row.clear(0);
-        if (p.row != nullptr) load_channels(row, static_cast<const T*>(p.row) + int64_t(blockIdx.z) * p.row_stride);
+        if (!has_row()) return;
+        const T* from = static_cast<const T*>(p.row) + int64_t(blockIdx.z) * p.row_stride;
+        load_channels(row, from, kMore < 2 || p.channels % kWidth == 0);
     }
 
-    // The records of V positions, `count` of them there.
+    // What records of `count` positions have beforehand: the number of their values, and 1 / that.
+    __device__ __forceinline__ void prepare(Record (&found)[kSegments], float (&each)[kSegments], int32_t count) const {
+#pragma unroll
+        for (int s = 0; s < kSegments; s++) {
+            int32_t channels = kSegments > 2 ? 1 : kSegments == 1 ? wide : s == 0 ? min(cut, wide) : wide - cut;
+            found[s].count = float(channels * count);
+            each[s] = reciprocal_fast(fmaxf(found[s].count, 1.f));
+        }
+    }
+
+    // The records of V positions, `count` of them there and the others zero.
     template <int V>
     __device__ __forceinline__ void take(
-        Record (&found)[kSegments], const Vector<T> (&data)[V], int32_t count, const Vector<T>& row
+        Record (&found)[kSegments], const float (&each)[kSegments], const Vector<T> (&data)[V], int32_t count,
+        const Vector<T>& row
     ) const {
-        float sum[kWidth];
+        float shift[kWidth], total[kSegments] = {}, squares[kSegments] = {};
 #pragma unroll
         for (int c = 0; c < kWidth; c++) {
-            sum[c] = to_float(row.value[c]) * float(count);
+            shift[c] = to_float(data[0].value[c]);
 #pragma unroll
-            for (int v = 0; v < V; v++) sum[c] += to_float(data[v].value[c]);  // zero where there is no position
+            for (int v = 1; v < V; v++) shift[c] += to_float(data[v].value[c]);
+        }
+        if (has_row()) {
+#pragma unroll
+            for (int c = 0; c < kWidth; c++) shift[c] += to_float(row.value[c]) * float(count);
         }
 #pragma unroll
-        for (int s = 0; s < kSegments; s++) {
-            float total = 0.f;
-            int32_t channels = 0;
+        for (int c = 0; c < kWidth; c++) add(total, c, shift[c], true);
+#pragma unroll
+        for (int s = 0; s < kSegments; s++) found[s].mean = total[s] * each[s];
+        float mean = found[0].mean, next = found[kSegments - 1].mean;
+#pragma unroll
+        for (int c = 0; c < kWidth; c++)
+            shift[c] = kSegments > 2 ? found[c % kSegments].mean : is_next(c) ? next : mean;
+        if (has_row()) {
+#pragma unroll
+            for (int c = 0; c < kWidth; c++) shift[c] -= to_float(row.value[c]);
+        }
+        if (padded()) {  // zeros are no deviations
 #pragma unroll
             for (int c = 0; c < kWidth; c++)
-                if (in_segment(c, s)) total += sum[c], channels++;
-            found[s].count = float(channels * count);
-            found[s].mean = channels * count > 0 ? total * reciprocal_fast(found[s].count) : 0.f;
-            found[s].squares = 0.f;
+                if (c >= wide) shift[c] = 0.f;
         }
 #pragma unroll
-        for (int c = 0; c < kWidth; c++) {
-            float mean = kSegments > 2 ? found[c % kSegments].mean : c >= cut ? found[1].mean : found[0].mean;
-            float shift = to_float(row.value[c]) - mean, squares = 0.f;
+        for (int v = 0; v < V; v++) {
+            if (v >= count) break;
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                float d = to_float(data[v].value[c]) + shift;
-                if (v < count) squares += d * d;
+            for (int c = 0; c < kWidth; c++) {
+                float d = to_float(data[v].value[c]) - shift[c];
+                add(squares, c, d * d, v == 0);
             }
-#pragma unroll
-            for (int s = 0; s < kSegments; s++) found[s].squares += in_segment(c, s) ? squares : 0.f;
         }
+#pragma unroll
+        for (int s = 0; s < kSegments; s++) found[s].squares = squares[s];
     }
 
-    // Put the thread's records where `merge_slots` looks for those of their groups.
-    __device__ __forceinline__ void put(const Shared& shared, const Record (&records)[kSegments]) const {
+    // Where among the slots `merge_slots` looks for the thread's records of their groups.
+    __device__ __forceinline__ int32_t slot() const {
+        int32_t first = kSegments > 2 ? 0 : column - first_column(first_group);
+        return first_group * p.plan.slots + first * p.plan.lanes + lane;
+    }
+
+    // The next group's: the vector is that group's first one.
+    __device__ __forceinline__ int32_t next_slot() const { return (first_group + 1) * p.plan.slots + lane; }
+
+    __device__ __forceinline__ void put(
+        const Shared& shared, const Record (&records)[kSegments], int32_t slot, int32_t next_slot
+    ) const {
         if (wide <= 0) return;
-        const Plan& plan = p.plan;
+        if constexpr (kSegments <= 2) {
+            shared.slots[slot] = records[0];
+            if (kSegments == 2 && cut < wide) shared.slots[next_slot] = records[kSegments - 1];
+        } else {
 #pragma unroll
-        for (int s = 0; s < kSegments; s++) {
-            if (kSegments == 2) {
-                int32_t j = first_group + s;
-                bool here = s == 0 || cut < wide;
-                if (here) shared.slots[j * plan.slots + (column - first_column(j)) * plan.lanes + lane] = records[s];
-            } else if (s < wide) {
-                int32_t j = divide(column * kWidth + s, plan.by_group), which = column * kWidth + s - j * per_group;
-                shared.slots[j * plan.slots + which * plan.lanes + lane] = records[s];
+            for (int s = 0; s < kSegments; s++) {
+                if (s >= wide) break;
+                int32_t at = column * kWidth + s, j = divide(at, p.plan.by_group), which = at - j * p.per_group;
+                shared.slots[j * p.plan.slots + which * p.plan.lanes + lane] = records[s];
             }
         }
     }
 
-    __device__ __forceinline__ int32_t first_column(int32_t j) const { return j * per_group / kWidth; }
+    __device__ __forceinline__ int32_t first_column(int32_t j) const { return uint32_t(j * p.per_group) / kWidth; }
 
-    __device__ __forceinline__ void merge_block(const Shared& shared) const {
-        merge_slots(p.plan, shared, tile_groups, [this](int32_t j) {
-            int32_t columns = ((j + 1) * per_group - 1) / kWidth - first_column(j) + 1;
-            return (kSegments == 2 ? columns : per_group) * p.plan.lanes;
-        });
+    // Slots of group j that hold records.
+    __device__ __forceinline__ int32_t used(int32_t j) const {
+        int32_t columns = uint32_t((j + 1) * p.per_group - 1) / kWidth - first_column(j) + 1;
+        return (kSegments <= 2 ? columns : p.per_group) * p.plan.lanes;
     }
 
     // gamma and beta become the scale and the shift of y = x · scale + shift, the row being in the shift.
     __device__ __forceinline__ void coefficients(
         const Shared& shared, const Vector<T>& row, Vector<float>& scale, Vector<float>& shift
     ) const {
-        int32_t last = p.plan.tile_groups - 1;
-        float2 first = shared.norms[first_group], next = shared.norms[min(first_group + 1, last)];
+        // Behind the last group, where no vector has a next one, lie numbers that nobody uses.
+        float2 first = shared.norms[first_group], next = shared.norms[first_group + 1];
 #pragma unroll
         for (int c = 0; c < kWidth; c++) {
-            float2 norm = c >= cut ? next : first;
-            if (kSegments > 2) norm = shared.norms[min(divide(column * kWidth + c, p.plan.by_group), last)];
+            float2 norm = is_next(c) ? next : first;
+            int32_t j = min(divide(column * kWidth + c, p.plan.by_group), p.plan.tile_groups - 1);
+            if (kSegments > 2) norm = shared.norms[j];
             scale.value[c] *= norm.y;
-            shift.value[c] += (to_float(row.value[c]) - norm.x) * scale.value[c];
-            if (c >= wide) scale.value[c] = shift.value[c] = 0.f;  // and so will be the padding
+            shift.value[c] -= norm.x * scale.value[c];
+        }
+        if (has_row()) {
+#pragma unroll
+            for (int c = 0; c < kWidth; c++) shift.value[c] += to_float(row.value[c]) * scale.value[c];
+        }
+        if (padded()) {  // and so will be the padding
+            scale.clear(wide);
+            shift.clear(wide);
         }
     }
 
@@ -189,44 +245,73 @@ struct Thread {
     __device__ __forceinline__ void apply(
         Vector<T> (&data)[V], int32_t first, int32_t count, const Vector<float>& scale, const Vector<float>& shift
     ) const {
-        T* y = static_cast<T*>(p.y) + sample;
-#pragma unroll
+        T* y = static_cast<T*>(p.y) + offset + first * p.plan.pitch;
+        int32_t step = p.plan.lanes * p.plan.pitch;
+        // Code for one vector, the others moving up: at most launches nothing is in the instruction caches.
+#pragma unroll(sizeof(T) == 2 ? 1 : V)
         for (int v = 0; v < V; v++) {
             if (v >= count) break;
-            finish(data[v], scale.value, shift.value, p.silu);
-            data[v].store(y + offset(first + v * p.plan.lanes + lane));
+            Vector<T> one = data[0];
+            finish(one, scale.value, shift.value, p.silu);
+            one.store(y);
+            y += step;
+#pragma unroll
+            for (int i = 1; i < V; i++) data[i - 1] = data[i];
         }
     }
 
 private:
-    __device__ __forceinline__ int32_t segment(int c) const { return kSegments == 2 ? int32_t(c >= cut) : c; }
-    __device__ __forceinline__ bool in_segment(int c, int s) const { return c < wide && segment(c) == s; }
+    __device__ __forceinline__ bool is_next(int c) const { return kSegments > 1 && c > 0 && c >= cut; }  // cut > 0
+
+    // Add what is channel c's to its segment's; `anew`: to nothing, channel 0 being the first.
+    __device__ __forceinline__ void add(float (&to)[kSegments], int c, float value, bool anew) const {
+        if (kSegments > 2)
+            to[c % kSegments] = anew ? value : to[c % kSegments] + value;
+        else if (is_next(c))
+            to[kSegments - 1] = anew && c == 1 ? value : to[kSegments - 1] + value;
+        else
+            to[0] = anew && c == 0 ? value : to[0] + value;
+    }
 };
 
 // One pass: the blocks of a cluster hold all positions of their tile in registers, read or joined there.
-template <typename T, int V, int kSegments, typename P = Params>
+template <typename T, int V, int kSegments, int kMore = 2, typename P = Params>
 __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) one_launch(const P p) {
     const Plan& plan = p.plan;
-    Thread<T, kSegments> thread(p);
+    constexpr bool kJoins = std::is_same_v<P, JoinParams>;
+    constexpr bool kFull = V == 2 && kSegments == 2 && kMore > 0;  // of registers, until there are statistics
+    Thread<T, kSegments, kMore> thread(p);
     Shared shared(plan);
     Vector<T> data[V];
     Vector<T> row;
     Vector<float> scale, shift;
-    wait_for_previous();
-    int32_t count;
-    if constexpr (std::is_same_v<P, JoinParams>)
-        count = thread.load_joined(data, p.join);
-    else
-        count = thread.load(data, 0);
-    thread.load_row(row);
+    // All that is known before the kernel before has ended is worked out before.
+    auto used = [&](int32_t j) { return thread.used(j); };
+    int32_t count = thread.template count<V>(0), slot = thread.slot(), next_slot = thread.next_slot();
+    Turn turn(plan, thread.tile_groups, used);
     Record records[kSegments];
-    thread.take(records, data, count, row);
-    thread.put(shared, records);
+    float each_value[kSegments];
+    thread.prepare(records, each_value, count);
+    thread.load_channels(scale, p.gamma);  // no kernel writes these
+    if (!kFull) thread.load_channels(shift, p.beta);
+    int32_t known = thread.left & slot & turn.known();
+    if (kSegments == 2) known &= next_slot;
+    if constexpr (kJoins) {
+        int64_t from = thread.part(p.join);
+        wait_for_previous(known & int32_t(from) & int32_t(from >> 32));
+        thread.load_joined(data, p.join, from, count);
+    } else {
+        const T* from = thread.from(0);
+        wait_for_previous(known & int32_t(uintptr_t(from)) & int32_t(uintptr_t(from) >> 32));
+        thread.load(data, from, count);
+    }
+    thread.load_row(row);
+    thread.take(records, each_value, data, count, row);
+    thread.put(shared, records, slot, next_slot);
     __syncthreads();
     let_next_begin();
-    thread.load_channels(scale, p.gamma);
-    thread.load_channels(shift, p.beta);
-    thread.merge_block(shared);
+    if (kFull) thread.load_channels(shift, p.beta);
+    merge_slots(plan, shared, turn, used);
     if (plan.slices > 1) {
         cluster_arrive();
         cluster_wait();
@@ -234,16 +319,12 @@ __global__ void __launch_bounds__(kThreads, V <= 2 && sizeof(T) == 2 ? 2 : 1) on
         __syncthreads();
     }
     int32_t each = plan.warps_a_group;
-    merge_norms(shared, thread.tile_groups, each * plan.slices, p.epsilon, [&](int32_t j, int32_t i) {
+    auto get = [&](int32_t j, int32_t i) {
         int32_t rank = divide(i, plan.by_warps);
-        const Record* mine = shared.warps + j * each + i - rank * each;
-        if (plan.slices == 1) return *mine;
-        Record theirs;
-        theirs.count = cluster_read(&mine->count, rank);
-        theirs.mean = cluster_read(&mine->mean, rank);
-        theirs.squares = cluster_read(&mine->squares, rank);
-        return theirs;
-    });
+        float3 is = cluster_read_3(&shared.warps[j * each + i - rank * each].count, rank);
+        return Record{is.x, is.y, is.z};
+    };
+    merge_norms(shared, thread.tile_groups, each * plan.slices, shared.warps, each, p, get);
     if (plan.slices > 1) cluster_arrive_read();
     __syncthreads();
     thread.coefficients(shared, row, scale, shift);
@@ -266,14 +347,18 @@ __global__ void __launch_bounds__(kThreads, kSegments == 2 ? 2 : 1) statistics(c
     for (int32_t first = 0; first < plan.slice; first += V * plan.lanes) {
         Vector<T> data[V];
         Record found[kSegments];
-        int32_t count = thread.load(data, first);
-        thread.take(found, data, count, row);
+        float each[kSegments];
+        int32_t count = thread.template count<V>(first);
+        thread.load(data, thread.from(first), count);
+        thread.prepare(found, each, count);
+        thread.take(found, each, data, count, row);
 #pragma unroll
         for (int s = 0; s < kSegments; s++) records[s] = merge(records[s], found[s]);
     }
-    thread.put(shared, records);
+    thread.put(shared, records, thread.slot(), thread.next_slot());
     __syncthreads();
-    thread.merge_block(shared);
+    auto used = [&](int32_t j) { return thread.used(j); };
+    merge_slots(plan, shared, Turn(plan, thread.tile_groups, used), used);
     __syncthreads();
     Record* out = reinterpret_cast<Record*>(p.partials);
     for (int32_t j = threadIdx.x; j < thread.tile_groups; j += blockDim.x) {
@@ -298,15 +383,15 @@ __global__ void __launch_bounds__(kThreads, 2) apply(const Params p) {
     thread.load_channels(shift, p.beta);
     const Record* in = reinterpret_cast<const Record*>(p.partials);
     in += (int64_t(blockIdx.z) * p.groups + int64_t(blockIdx.y) * plan.tile_groups) * plan.slices;
-    merge_norms(shared, thread.tile_groups, plan.slices, p.epsilon, [&](int32_t j, int32_t i) {
-        return in[j * plan.slices + i];
-    });
+    auto get = [&](int32_t j, int32_t i) { return in[j * plan.slices + i]; };
+    merge_norms(shared, thread.tile_groups, plan.slices, in, plan.slices, p, get);
     __syncthreads();
     thread.coefficients(shared, row, scale, shift);
     int32_t step = V * plan.lanes;
     for (int32_t first = (plan.slice - 1) / step * step; first >= 0; first -= step) {
         Vector<T> data[V];
-        int32_t count = thread.load(data, first);
+        int32_t count = thread.template count<V>(first);
+        thread.load(data, thread.from(first), count);
         thread.apply(data, first, count, scale, shift);
     }
 }

@@ -45,14 +45,18 @@ __device__ __forceinline__ unsigned cluster_address(const float* mine, int rank)
     return theirs;
 }
 
-// What lies there.
-__device__ __forceinline__ float cluster_read(const float* mine, int rank) {
+// What lies there: three numbers. A block that is no part of a cluster is number 0.
+__device__ __forceinline__ float3 cluster_read_3(const float* mine, int rank) {
 #if __CUDA_ARCH__ >= 900
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(cluster_address(mine, rank)) : "memory");
-    return value;
+    float3 is;
+    asm volatile("ld.shared::cluster.f32 %0, [%3];\n\tld.shared::cluster.f32 %1, [%3 + 4];\n\t"
+                 "ld.shared::cluster.f32 %2, [%3 + 8];"
+                 : "=f"(is.x), "=f"(is.y), "=f"(is.z)
+                 : "r"(cluster_address(mine, rank))
+                 : "memory");
+    return is;
 #else
-    return *mine;
+    return {mine[0], mine[1], mine[2]};
 #endif
 }
 
@@ -60,6 +64,15 @@ __device__ __forceinline__ float cluster_read(const float* mine, int rank) {
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The same, once `known` has been worked out, which is anything but -1: nothing else keeps the compiler from putting
+// arithmetic behind the wait that could be done before.
+__device__ __forceinline__ void wait_for_previous(int known) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n\t.reg .pred is;\n\tsetp.ne.s32 is, %0, -1;\n\t@is griddepcontrol.wait;\n\t}" ::"r"(known)
+                 : "memory");
 #endif
 }
 
@@ -79,6 +92,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float rsqrt_fast(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

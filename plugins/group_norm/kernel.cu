@@ -41,21 +41,26 @@ namespace {
 template <typename T>
 int32_t load_kernels() {
     int32_t oldest = INT32_MAX;
+    auto load = [&](auto kernel, dim3, int32_t, const canny::Params&) {
+        cudaFuncAttributes attributes{};
+        bool loaded = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+        int32_t version = loaded ? attributes.ptxVersion : 0;
+        oldest = version < oldest ? version : oldest;
+        return true;
+    };
     for (canny::Path path : {canny::Path::kOneLaunch, canny::Path::kTwoLaunches, canny::Path::kLinear})
         for (int32_t batches : {1, 2, 4, canny::kBatchesHalf})
-            for (int32_t per_channel : {0, 1}) {
-                canny::Params p{};
-                p.plan.path = path;
-                p.plan.batches = batches;
-                p.plan.per_channel = per_channel;
-                canny::run<T>(p, dim3(), [&](auto kernel, dim3, int32_t, const canny::Params&) {
-                    cudaFuncAttributes attributes{};
-                    bool loaded = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-                    int32_t version = loaded ? attributes.ptxVersion : 0;
-                    oldest = version < oldest ? version : oldest;
-                    return true;
-                });
-            }
+            for (int32_t per_group : {1, canny::kWidth, canny::kWidth + 2})
+                for (int32_t more : {0, 1, 2}) {
+                    canny::Params p{};
+                    p.row = more ? &oldest : nullptr;
+                    p.channels = more < 2 ? canny::kWidth : 1;
+                    p.per_group = per_group;
+                    p.plan.path = path;
+                    p.plan.batches = batches;
+                    p.plan.per_channel = per_group == 1;
+                    canny::run<T>(p, dim3(), load);
+                }
     return oldest;
 }
 

@@ -10,7 +10,7 @@ template <typename T>
 __global__ void __launch_bounds__(kLinearThreads) linear(const Params p) {
     const Plan& plan = p.plan;
     Shared shared(plan);
-    int32_t per_group = p.channels / p.groups, size = per_group * p.positions;
+    int32_t per_group = p.per_group, size = per_group * p.positions;
     int32_t first_channel = blockIdx.y * per_group, step = blockDim.x * kWidth;
     int64_t start = int64_t(blockIdx.z) * p.channels * p.positions + int64_t(first_channel) * p.positions;
     const T *x = static_cast<const T*>(p.x) + start, *row = static_cast<const T*>(p.row);
@@ -47,9 +47,11 @@ __global__ void __launch_bounds__(kLinearThreads) linear(const Params p) {
     }
     shared.slots[threadIdx.x] = record;
     __syncthreads();
-    merge_slots(plan, shared, 1, [&](int32_t) { return plan.slots; });
+    auto used = [&](int32_t) { return plan.slots; };
+    merge_slots(plan, shared, Turn(plan, 1, used), used);
     __syncthreads();
-    merge_norms(shared, 1, plan.warps_a_group, p.epsilon, [&](int32_t, int32_t i) { return shared.warps[i]; });
+    auto get = [&](int32_t, int32_t i) { return shared.warps[i]; };
+    merge_norms(shared, 1, plan.warps_a_group, shared.warps, 0, p, get);
     __syncthreads();
     float2 norm = shared.norms[0];
     for (int32_t at = threadIdx.x * kWidth; at < size; at += step) {

@@ -1,8 +1,9 @@
 // What both kernels are made of: records of statistics, their merging in a fixed order, the arithmetic of the output.
 //
 // Statistics are in float: each thread takes mean and squares about that mean of the few values that it holds in
-// registers, and such records (count, mean, squares) are merged pairwise (Chan, Golub & LeVeque 1983), always in the
-// same order. Nothing cancels, and the same input gives the same bits.
+// registers, and such records (count, mean, squares) are merged, always in the same order: pairwise where a thread goes
+// over many values (Chan, Golub & LeVeque 1983), else as sums about the mean of one of them. Little cancels, and the
+// same input gives the same bits.
 #pragma once
 
 #include "../tokens/call.h"
@@ -21,6 +22,8 @@ struct Params {
     int32_t channels, positions, groups, row_stride, silu;
     float epsilon;
     Plan plan;
+    int32_t per_group;  // channels of a group
+    float each_value;   // 1 / values of a group
 };
 
 // With x, which is null, still to be joined.
@@ -41,16 +44,30 @@ __device__ __forceinline__ Record merge(const Record& a, const Record& b) {
     return c;
 }
 
-// The records of a warp's threads as one, for its first thread.
-__device__ __forceinline__ Record merge_warp(Record a) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-        Record b;
-        b.count = __shfl_xor_sync(0xffffffffu, a.count, step);
-        b.mean = __shfl_xor_sync(0xffffffffu, a.mean, step);
-        b.squares = __shfl_xor_sync(0xffffffffu, a.squares, step);
-        a = merge(a, b);
+// Records about a number near their means, so that additions merge them, which are few instructions. The number is the
+// mean of one of them, of m values. Its distance d from the mean of all n is in their squares then: m·d² is no more than
+// these are, and what cancels, n·d², no more than n / m times what is left. A float has digits for that.
+struct Sums {
+    float near, count = 0.f, deviation = 0.f, squares = 0.f;
+
+    __device__ __forceinline__ void add(const Record& a) {
+        float delta = a.mean - near, sum = a.count * delta;
+        count += a.count;
+        deviation += sum;
+        squares += a.squares + sum * delta;
     }
+
+    // As one record, `each` being 1 / count.
+    __device__ __forceinline__ Record record(float each) const {
+        float delta = deviation * each;
+        return {count, near + delta, fmaxf(squares - deviation * delta, 0.f)};
+    }
+};
+
+// The sum of a warp's numbers, for each of its threads.
+__device__ __forceinline__ float sum_warp(float a) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) a += __shfl_xor_sync(0xffffffffu, a, step);
     return a;
 }
 
@@ -67,31 +84,62 @@ struct Shared {
     }
 };
 
-// Warps merge the slots of their groups; `used(j)` are the slots of group j that hold records.
+// The slots of a group that a warp merges at a time; `used(j)` are those of group j that hold records.
+struct Turn {
+    int32_t turn, turns, group, first, end;  // the group's first slot, the lane's first one, the end of the group's
+
+    template <typename Used>
+    __device__ __forceinline__ Turn(const Plan& plan, int32_t groups, Used used) {
+        turn = threadIdx.x / 32;
+        turns = groups * plan.warps_a_group;
+        place(plan, used);
+    }
+
+    template <typename Used>
+    __device__ __forceinline__ void place(const Plan& plan, Used used) {
+        int32_t j = divide(turn, plan.by_warps);
+        group = j * plan.slots;
+        first = group + (turn - j * plan.warps_a_group) * 32 + threadIdx.x % 32;
+        end = group + used(j);
+    }
+
+    __device__ __forceinline__ int32_t known() const { return turns & group & first & end; }
+};
+
+// Warps merge the slots of their groups.
 template <typename Used>
-__device__ __forceinline__ void merge_slots(const Plan& plan, const Shared& shared, int32_t groups, Used used) {
-    int32_t lane = threadIdx.x % 32, warps = blockDim.x / 32, each = plan.warps_a_group;
-    for (int32_t w = threadIdx.x / 32; w < groups * each; w += warps) {
-        int32_t j = divide(w, plan.by_warps), count = used(j);
-        Record a = {};
-        for (int32_t i = (w - j * each) * 32 + lane; i < count; i += 32 * each)
-            a = merge(a, shared.slots[j * plan.slots + i]);
-        a = merge_warp(a);
-        if (lane == 0) shared.warps[w] = a;
+__device__ __forceinline__ void merge_slots(const Plan& plan, const Shared& shared, Turn at, Used used) {
+    while (at.turn < at.turns) {
+        Sums a{shared.slots[at.group].mean};
+#pragma unroll 1
+        for (int32_t i = at.first; i < at.end; i += 32 * plan.warps_a_group) a.add(shared.slots[i]);
+        a.count = sum_warp(a.count);
+        a.deviation = sum_warp(a.deviation);
+        a.squares = sum_warp(a.squares);
+        Record merged = a.record(reciprocal_fast(fmaxf(a.count, 1.f)));
+        if (threadIdx.x % 32 == 0) shared.warps[at.turn] = merged;
+        at.turn += blockDim.x / 32;
+        if (at.turn >= at.turns) break;
+        at.place(plan, used);
     }
 }
 
-// Warps merge `count` records of each group, which `get(j, i)` reads, into its norm.
+// Warps merge `count` records of each group, which `get(j, i)` reads, into its norm; near[j * step] is one of them, or
+// like them.
 template <typename Get>
 __device__ __forceinline__ void merge_norms(
-    const Shared& shared, int32_t groups, int32_t count, float epsilon, Get get
+    const Shared& shared, int32_t groups, int32_t count, const Record* near, int32_t step, const Params& p, Get get
 ) {
     int32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
     for (int32_t j = threadIdx.x / 32; j < groups; j += warps) {
-        Record a = {};
-        for (int32_t i = lane; i < count; i += 32) a = merge(a, get(j, i));
-        a = merge_warp(a);
-        if (lane == 0) shared.norms[j] = make_float2(a.mean, rsqrtf(a.squares / a.count + epsilon));
+        Sums a{near[j * step].mean};
+#pragma unroll 1
+        for (int32_t i = lane; i < count; i += 32) a.add(get(j, i));  // seldom more than once
+        a.deviation = sum_warp(a.deviation);
+        a.squares = sum_warp(a.squares);
+        Record merged = a.record(p.each_value);
+        float scale = rsqrt_fast(merged.squares * p.each_value + p.epsilon);
+        if (lane == 0) shared.norms[j] = make_float2(merged.mean, scale);
     }
 }
 
