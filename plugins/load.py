@@ -28,7 +28,7 @@ RESIDUALS = (ADD, JOIN, JOIN_NORM, UPDATE)  # what adds a ResBlock's input, Cont
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 CONV_MULTIPLE, CONV_ROWS = 64, 8000  # of the channels and filters, and most positions, that conv/kernel.cuh takes
-CONV_PLACES = 768  # positions of x that it has room for
+CONV_PLACES = 720  # positions of x that it has room for
 CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 

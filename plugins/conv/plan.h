@@ -1,6 +1,7 @@
 // How a convolution is cut into blocks, by its shape alone.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -144,10 +145,11 @@ inline bool conv_places(ConvPlan& plan) {
     int32_t fixed = kConvAlign + plan.wide * (1 + norm) * int32_t(sizeof(float)) + conv_offsets(plan.groups, p.taps) +
                     conv_parts(plan.groups, plan.wide, p.cluster, p.call.gate, norm);
     int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2, units = p.share + (p.rest > 0);
-    int32_t most_places = units < 4 ? 4 : units < kConvPlaces ? units : kConvPlaces;
+    int32_t most_places = std::clamp(units, 4, kConvPlaces);
     int32_t most_x = p.taps == 1 ? most_places : p.call.second_channels ? 3 : 2;  // the second map has one tap
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
-    int32_t least = p.taps == 1 ? 3 : 4, least_x = p.taps == 1 ? 3 : 2;
+    // So many at least that a tile's sums have room in them, which they take when nobody reads weights any more.
+    int32_t least = p.taps > 1 ? 4 : plan.groups * plan.wide > 256 ? 3 : 2, least_x = p.taps > 1 ? 2 : least;
     bool half = conv_together(plan.groups, plan.wide) > 1 && !conv_few(plan);
     for (int32_t most : {half ? kConvHalfBytes : 0, kConvMostBytes}) {
         p.x_places = most_x, p.places = most_places;
@@ -173,22 +175,22 @@ inline void conv_spread(ConvPlan& plan) {
     if (conv_few(plan) && plan.bytes <= kConvHalfBytes) plan.bytes = kConvHalfBytes + 1024;
 }
 
-// What a cut takes on an H200, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 1,542 cuts of 67 shapes, of
-// which it chooses one that is 1.3% slower than the best, on average. The rate of memory alone is an H200's, by a fit before.
+// What a cut takes, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 737 likely cuts of 64 shapes, so that it
+// chooses those that are 1.2% slower than the best, on average.
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
-    constexpr double kClock = 1.755, kWeightsRate = 5134.;      // per ns: clocks, bytes from memory
-    constexpr double kOwn = 2.1, kShared = 5.1, kGate = 5.8;    // for the sums of a filter and 64 rows
-    constexpr int32_t kMany = 120;                              // blocks
+    constexpr double kClock = 1.755, kWeightsRate = 7388.;        // per ns: clocks, bytes from memory
+    constexpr double kOwn = 1.34, kShared = 2.42, kGate = 3.23;   // for the sums of a filter and 64 rows
+    constexpr int32_t kMany = 120;                                // blocks
     bool norm = p.call.weight_sums != nullptr;
     int32_t together = conv_beside(plan), at_once = kClustersAtOnce[p.cluster - 1] * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
-    double busy = together == 1 ? 1 : blocks > kMany ? 2.12 : 0;
+    double busy = together == 1 ? 1 : blocks > kMany ? 2.17 : 0;
     // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
     auto unit = [&](int32_t taps) {
-        double shared = plan.groups * (23. + plan.wide + 60.9 / taps) + plan.wide;
-        double busy_with = 1.65 * busy * shared / kClock, alone = 120.3 + 79.6 * plan.groups;
-        return (busy_with > alone ? busy_with : alone) + (norm ? 78.2 : 0.);
+        double shared = plan.groups * (plan.wide + 27.6 / taps) + plan.wide;
+        double busy_with = 1.99 * busy * shared / kClock, alone = 106.7 + 82.3 * plan.groups + (taps == 1 ? 15.1 : 0.);
+        return (busy_with > alone ? busy_with : alone) + (norm ? 157.1 : 0.);
     };
     int32_t share = (p.units + p.cluster - 1) / p.cluster, single = p.units - p.x_units;  // the second map's
     if (single > share) single = share;  // in the last block of a cluster
@@ -196,8 +198,8 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     double readers = double(blocks) * plan.wide / 9416.;  // so many halves ahead keep the memory busy
     double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
     double sums = ((p.cluster == 1 ? kOwn : kShared) + (p.call.gate ? kGate : 0.)) * plan.groups * plan.wide * turns;
-    double rest = 1944. + sums + 312. * (p.cluster - 1) + (p.cluster > 1 ? 261. : 0.) + 3162. * (turns - 1);
-    return int32_t((main > weights ? main : weights) + rest + (blocks >= kMany ? 417. : 0.));
+    double rest = 2332. + sums + 298. * (p.cluster - 1) + 4088. * (turns - 1);
+    return int32_t((main > weights ? main : weights) + rest + (blocks >= kMany ? 276. : 0.));
 }
 
 // The time, but less for a cut that leaves a part of the GPU to another stream, where there is one. The exponent is the best
