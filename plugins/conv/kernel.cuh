@@ -167,12 +167,13 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         return row * (kConvPitch * 2) + ((lane / 16 ^ (row & (kConvEight - 1))) << 4);
     }
 
-    // Have at hand where the row of x lies that this lane names to its warp, for each tap. The offset of the only one.
+    // Have at hand where the row of x lies that this lane names to its warp, for each tap; of the only one, counted from a
+    // unit's weights, what is returned.
     __device__ __forceinline__ uint32_t put_offsets() const {
         int32_t row = first_row + warp * 16 + lane % 16, stride = p.call.stride;
         ConvPosition to = conv_position(p, row);
         int32_t middle = to.at - range.first;
-        if (kTaps == 1) return offset_of(row < p.rows ? middle : 0);
+        if (kTaps == 1) return kUnit + offset_of(row < p.rows ? middle : 0);
 #pragma unroll 1
         for (int32_t tap = 0; tap < kTaps; tap++) {
             int32_t line = tap / 3 - 1, column = tap % 3 - 1, y = to.y * stride + line, x = to.x * stride + column;
@@ -199,7 +200,6 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     multiply(float (&sums)[kSums], Moments& moments, uint32_t only, Meanwhile&& meanwhile) const {
         const bool leads = lane == 0;
         ConvRing ring = weights_ring(), x_ring = positions_ring();
-        hold(x_ring.base), x_ring.place = x_ring.base, hold(x_ring.full);
         // left: of the units that have these channels of x in common.
         int32_t tap = first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2;
         int32_t left = first < p.x_units ? kTaps - tap : 1;
@@ -207,14 +207,15 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         uint32_t a[2][4][4], before = 0;  // before: the barrier of the weights that were multiplied last
         if (kTaps > 1) x_ring.wait_full();
         ring.wait_full();
-        pick(a[0], x_ring.place + (kTaps > 1 ? offset() : only));
+        pick(a[0], kTaps > 1 ? x_ring.place + offset() : ring.place + only);
         auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
             const uint64_t b = matrix_at(uniform(ring.place));
             const uint32_t now = ring.empty();
             products_begin();
             multiply_group(sums, mine[0], b);
+            ring.next();
+            uint32_t from = ring.place + only;
             bool x_there = true;
-            uint32_t from;
             if constexpr (kTaps > 1) {
                 left--, tap++;
                 const bool ends = left == 0, of_x = unit + 1 < p.x_units;
@@ -222,17 +223,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
                 x_ring.next_if(ends);
                 if (ends) tap = of_x ? 0 : kTaps / 2, left = of_x ? kTaps : 1;
                 from = x_ring.place + offset();
-                hold(from);
-                multiply_group(sums, mine[1], b + 2);
-                ring.next();
                 x_there = x_ring.is_full();
-            } else {
-                x_ring.next();
-                from = x_ring.place + only;
-                hold(from);
-                multiply_group(sums, mine[1], b + 2);
-                ring.next();
             }
+            hold(from);
+            multiply_group(sums, mine[1], b + 2);
             const bool there = ring.is_full();
             if constexpr (kNorm) moments.add(mine);
             multiply_group(sums, mine[2], b + 4);
@@ -243,9 +237,8 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
             before = now;
             if (unit + 1 >= last) return;
             if (kTaps > 1 && !x_there) x_ring.wait_full();
-            if (kTaps == 1 && !there) ring.wait_full();
+            if (!there) ring.wait_full();
             pick(after, from);
-            if (kTaps > 1 && !there) ring.wait_full();
         };
         for (int32_t unit = first; unit < last; unit += 2) {
             step(a[0], a[1], unit);

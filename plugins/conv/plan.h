@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 
@@ -20,7 +19,7 @@ constexpr int kConvWarpgroup = 128;
 constexpr int kConvMostBytes = 227 << 10;  // of shared memory that a block may have
 constexpr int kConvHalfBytes = 113 << 10;  // and with another on its processor
 constexpr int kConvMostGroups = 2, kConvMostCluster = 8;
-constexpr int32_t kConvPlaces = 8;         // most for weights
+constexpr int32_t kConvPlaces = 6;         // most for weights
 constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
 struct ConvParams {
@@ -37,7 +36,7 @@ struct ConvParams {
 struct ConvPlan {
     ConvParams params;
     int32_t groups = 0, wide = 0, tiles = 0, bytes = 0;  // groups: 64s of rows of a tile
-    int32_t predicted = 0, cost = 0;                     // in ns; what cuts are chosen by
+    int32_t predicted = 0;                               // in ns, what cuts are chosen by
 };
 
 constexpr int32_t kConvWidths[] = {64, 128, 192, 256};  // filters of a tile
@@ -202,14 +201,6 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     return int32_t((main > weights ? main : weights) + rest + (blocks >= kMany ? 276. : 0.));
 }
 
-// The time, but less for a cut that leaves a part of the GPU to another stream, where there is one. The exponent is the best
-// of 0, 0.15, 0.3 and 0.45 for the half of a step that has two.
-inline int32_t conv_cost(const ConvPlan& plan) {
-    if (!plan.params.call.beside) return plan.predicted;
-    double taken = double(plan.tiles) * plan.params.cluster / (kProcessors * conv_beside(plan));
-    return int32_t(plan.predicted * std::pow(taken < 1 ? taken : 1., 0.3));
-}
-
 // The cut of a call; groups is 0 where its shape has no kernel.
 inline ConvPlan conv_plan(const CannyConv& call) {
     ConvPlan best, none;
@@ -255,8 +246,7 @@ inline ConvPlan conv_plan(const CannyConv& call) {
             if (!conv_places(plan)) continue;
             conv_spread(plan);
             plan.predicted = conv_predicted(plan);
-            plan.cost = conv_cost(plan);
-            if (!best.groups || plan.cost < best.cost) best = plan;
+            if (!best.groups || plan.predicted < best.predicted) best = plan;
         }
     }
     return best;
