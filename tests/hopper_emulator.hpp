@@ -119,7 +119,10 @@ inline bool barrier_ended(uint32_t barrier, uint32_t parity) {
 }
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
-    load_matrices(r, reinterpret_cast<const __half*>(emulator::shared_at(*emulator::current->block, row)));
+    emulator::Block& block = *emulator::current->block;
+    bool inside = row >= emulator::kSharedBegins && row + 16 <= emulator::kSharedBegins + block.shared.size();
+    if (!inside) emulator::wrong("a row outside of the shared memory"), row = emulator::kSharedBegins;
+    load_matrices(r, reinterpret_cast<const __half*>(emulator::shared_at(block, row)));
 }
 
 inline void hold(uint32_t&) {}

@@ -218,30 +218,28 @@ def alike(*mistakes: tuple[str, ...]) -> list[Any]:
 
 
 MISTAKES = [
-    ("__syncthreads();  // barriers, zeros", "// barriers, zeros"),
+    ("__syncthreads();  // barriers and", "// barriers and"),
     ("cluster_arrive(), cluster_wait();  // all", "cluster_arrive();  // all"),
     ("cluster_wait();\n            block.template give", "block.template give"),
-    ("if (!there) ring.wait_full();", ""), ("x_ring.wait_full();\n        pick", "pick"),
-    ("if (unit + 1 < last) x_ring.wait_full();", ""),
-    ("ring.wait_empty();\n            uint32_t barrier = ring.full + 8 * ring.place;\n            barrier",
-     "uint32_t barrier = ring.full + 8 * ring.place;\n            barrier"),
-    ("ring.wait_empty();\n            uint32_t barrier = ring.full + 8 * ring.place;\n            const",
-     "uint32_t barrier = ring.full + 8 * ring.place;\n            const"),
-    ("(turn - 1) & 1", "turn & 1"), ("products_begin();", ""), ("products_wait<1>();", "products_wait<2>();"),
-    ("unit > first) barrier_arrive(done)", "true) barrier_arrive(done)"),
+    ("group_sync<1>(0, Block::kConsumers);", ""), ("if (!there) ring.wait_full();", ""),
+    ("if (kTaps > 1) x_ring.wait_full();", ""), ("x_there = x_ring.is_full();", "x_ring.is_full();"),
+    ("ring.wait_empty();\n            barrier_expect", "barrier_expect"),
+    ("ring.wait_empty();\n            bool of_x", "bool of_x"), ("empty(), parity ^ 1)", "empty(), parity)"),
+    ("products_begin();", ""), ("products_wait<1>();", "products_wait<2>();"), ("unit > first, before)", "true, before)"),
     ("step(a[1], a[0], unit + 1)", "step(a[1], a[1], unit + 1)"),
-    ("barrier_expect(barrier, kUnit * sizeof(__half))", "barrier_expect(barrier, kUnit)"),
-    ("from = aim(row, x_ring.place, tap)", "from = aim(row, 0, tap)"), ("b + 2 * k", "b + 4 * k"),
-    ("positions_ring().begin(1, ", "positions_ring().begin(2, "), ("piece - slot * p.cluster);", "0);"),
-    ("(slot * p.cluster + rank) * kPart<kGate> + lane", "slot * p.cluster * kPart<kGate> + lane"),
-    ("other < p.cluster; other++", "other < 4; other++"), ("to + j * 512", "to + j * 256"),
-    ("2 | (to.x > 0)", "3"), ("wait_for_previous();", ""), ("barriers_begun();", ""),
-    ("kEightRows = 1024 / 16", "kEightRows = 512 / 16"),
+    ("barrier_expect(ring.full, kUnit)", "barrier_expect(ring.full, kUnit / 2)"),
+    ("from = x_ring.place + offset()", "from = positions + offset()"), ("mine[1], b + 2)", "mine[1], b + 4)"),
+    ("positions_ring().begin_barriers(1, ", "positions_ring().begin_barriers(2, "),
+    ("piece - slot * p.cluster) : 0", "0) : 0"),
+    ("(slot * p.cluster + rank) * kPart<kShared>", "slot * p.cluster * kPart<kShared>"),
+    ("other < p.cluster; other++", "other < 4; other++"), ("theirs + j * 512", "theirs + j * 256"),
+    ("x >= 0 && x", "x"), ("wait_for_previous();", ""), ("barriers_begun();", ""),
+    ("kEightRows = 1024 / 16", "kEightRows = 512 / 16"), ("slot += kWarps) {", "slot += 2 * kWarps) {"),
     ("conv_position(p, last_row).at + border + 1", "conv_position(p, last_row).at + 1"),
-    *alike(("barrier_wait(full + 8 * place, turn & 1)", "barrier_wait(full + 8 * place, 0)"),
-        ("products_wait<0>();", ""), ("leads = threadIdx.x % 32 == 0", "leads = threadIdx.x % 32 <= 1"),
-        ("to.x * stride + 1 < p.call.width", "true"), ("to.y > 0", "true"), ("kSwizzle128 = 1", "kSwizzle128 = 2"),
-        ("kConvAlign = 1024", "kConvAlign = 512"), ("piece % kWarps, piece / kWarps)", "piece % kWarps, 0)")),
+    *alike(("barrier_wait(full, parity)", "barrier_wait(full, 0)"), ("zeros + (at & (", "zeros - 8 + (at & ("),
+        ("products_wait<0>();", ""), ("leads = lane == 0", "leads = lane <= 1"),
+        ("&& x < p.call.width;", ";"), ("y >= 0 && y", "y"), ("kSwizzle128 = 1", "kSwizzle128 = 2"),
+        ("kConvAlign = 1024", "kConvAlign = 512"), ("section = piece / kWarps * 32", "section = 0")),
 ]  # fmt: skip
 
 
@@ -272,12 +270,12 @@ def right(library: Any, conv: Conv, order: int) -> bool:
 NORM_MISTAKES = [
     ("moments.add(mine);", "moments.add(after);"), ("squares[i / 2 % 2] += value", "squares[0] += value"),
     ("mask <= 2; mask *= 2) sum", "mask <= 1; mask *= 2) sum"), ("norm.mean * of_filters.x)", "norm.mean)"),
-    ("* 512, moments.x[0], moments.squares[0]", "* 512, moments.x[1], moments.squares[1]"),
+    ("4 << kGate, moments.x[0], moments.squares[0]", "4 << kGate, moments.x[1], moments.squares[1]"),
     ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"), ("+ p.call.epsilon)", ")"),
-    ("y.x + bias.x, ", "y.x, "), ("moments.squares[0] += four.y", "moments.squares[0] = four.y"),
+    ("make_float2(x + bias.x, ", "make_float2(x, "), ("moments.squares[0] += four.y", "moments.squares[0] = four.y"),
     *alike(("moments.add(mine);", ";"), ("x[i / 2 % 2] += value", "x[i % 2] += value"),
         ("moments.squares[1] += four.w", "moments.squares[1] = four.w"),
-        ("p.call.weight_sums[first_filter + i]", "p.call.weight_sums[i]"),
+        ("p.call.weight_sums[first_filter + at]", "p.call.weight_sums[at]"),
         ("fmaxf(square - mean * mean, 0.f)", "square")),
 ]  # fmt: skip
 
@@ -290,12 +288,13 @@ def test_the_emulator_finds_mistakes_in_a_layer_norm(tmp_path: Path, mistake: tu
 
 
 SECOND_MISTAKES = [
-    ("min(unit, p.x_units)", "unit"), ("unit + 1 < p.x_units ? 0 : kTaps / 2", "0"),
-    ("first < p.x_units ? first - part_of(first) * kTaps : kTaps / 2", "first - part_of(first) * kTaps"),
-    ("part < parts", "part <= parts"), ("first_row - ahead % kConvEight", "first_row"), ("work.second,\n", "work.x,\n"),
+    ("min(unit, p.x_units)", "unit"), ("tap = of_x ? 0 : kTaps / 2", "tap = 0"),
+    ("first - part_of(first) * kTaps : kTaps / 2", "0 : kTaps / 2"),
+    ("part < parts", "part <= parts"), ("first_row - ahead % kConvEight", "first_row"),
+    ("work.second, first_row", "work.x, first_row"),
     ("p.x_boxes * p.x_box : p.second_box", "p.x_boxes * p.x_box : p.x_boxes * p.x_box"),
     ("plan.h", "high + kConvEight - 1", "high - kConvEight"),
-    *alike(("|| unit >= p.x_units", ""), ("ahead / kConvEight * kConvEight", "0"),
+    *alike(("left = of_x ? kTaps : 1", "left = kTaps"), ("ahead / kConvEight * kConvEight", "0"),
         ("(part - parts) * kConvDeep", "part * kConvDeep"),
         ("plan.h", "p.x_units + call.second_channels / kConvDeep", "p.x_units")),
 ]  # fmt: skip
@@ -311,9 +310,10 @@ def test_the_emulator_finds_mistakes_with_a_second_map(tmp_path: Path, mistake: 
 WIDE_MISTAKES = [
     ("(high ? low : up) = theirs;", "up = theirs;"),
     ("words[mask == 1 ? 2 * i : i]", "words[i]"), ("if (to.row + 8 * i < p.rows) store_words", "store_words"),
-    ("eight * 4 + i * 2", "eight * 4"), ("norm, first + eight * 8);", "norm, first);"),
-    ("moments.join();", ";"), ("i * (16 << kGate), moments", "0, moments"),
-    *alike(("moments.x[i], moments.squares[i]);", "moments.x[0], moments.squares[0]);"),
+    ("four[0] = four[2], ", ""), ("norm, to.filter + eight * 8);", "norm, to.filter);"),
+    ("moments.join();", ";"), ("(t * (4 << kGate) + j) * 4", "j * 4"),
+    ("kTaps == 1 ? 2 : 1, kConsumers", "1, kConsumers"),
+    *alike(("x = moments.x[1], squares", "x = moments.x[0], squares"),
         ("i < kWide / 64; i++)\n                copy", "i < 2; i++)\n                copy")),
 ]  # fmt: skip
 
@@ -325,10 +325,10 @@ def test_the_emulator_finds_mistakes_in_wide_tiles(tmp_path: Path, mistake: tupl
 
 
 GATE_MISTAKES = [
-    ("first + eight * 8 + 8", "first + eight * 8"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
-    ("(first_filter >> p.call.gate) + section", "first_filter + section"), ("y.x * gelu(b.x)", "y.x * b.x"),
-    ("* 512, moments.x[0]", "* 512, moments.x[1]"),
-    *alike(("at + 4, norm", "at + 2, norm"), ("/ 32 * 32 << kGate", "/ 32 * 32")),
+    ("to.filter + eight * 8 + 8", "to.filter + eight * 8"), ("y.y * gelu(b.y)", "y.y * gelu(b.x)"),
+    ("(first_filter >> kGate) + section", "first_filter + section"), ("y.x * gelu(b.x)", "y.x * b.x"),
+    ("4 << kGate, moments.x[0]", "4 << kGate, moments.x[1]"),
+    *alike(("made(sums[eight + 1][0]", "made(sums[eight][0]"), ("eight = k << kGate", "eight = k")),
 ]  # fmt: skip
 
 

@@ -192,9 +192,9 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
 
     // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments. only: see put_offsets.
     //
-    // A warp is alone on its scheduler, and a product holds it up until those before it are nearly done. So what else there
-    // is to do stands between the four products of a unit, and has no branches: at one the compiler waits for products.
-    // `meanwhile` is done beside the last.
+    // A warp is alone on its scheduler: what it does between one unit's products and the next's is time in which nothing is
+    // multiplied. So only the picking of rows stands there. What else there is to do stands between a unit's first products,
+    // without branches, at which the compiler would wait for them; `meanwhile` is done beside the last.
     template <typename Meanwhile>
     __device__ __forceinline__ void
     multiply(float (&sums)[kSums], Moments& moments, uint32_t only, Meanwhile&& meanwhile) const {
@@ -292,8 +292,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
             cluster_arrive(), cluster_wait();  // all have given
         } else {
             group_sync<1>(0, Block::kConsumers);  // nobody reads weights any more
-            block.template give<false>(sums, moments);
-            __syncwarp();
+            block.template give<false>(sums, moments);  // each thread to itself
         }
         block.store(moments, residuals);
     } else {

@@ -1,0 +1,102 @@
+"""bench.step: which kernels, in which order, and what they are given. Times are taken on a GPU."""
+
+import ctypes
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bench.attention import attentions
+from bench.conv import convolutions, is_ours
+from bench.group_norm import norms
+from bench.step import MAP, OURS, STAGES, Kernel, kernels, launches, main
+from plugins.call import Attention, GroupNorm
+from plugins.conv_calls import Conv
+from plugins.token_calls import JoinNorm
+from trt_builder.config import ModelConfig, Shape
+
+SHAPE = Shape(256, 384, 1)
+CONFIG = ModelConfig.load("sd15")
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, list[Kernel]]:
+    return kernels(CONFIG, SHAPE)
+
+
+def test_every_convolution_and_attention_of_a_step_is_there(stages: dict[str, list[Kernel]]) -> None:
+    made = [one for some in stages.values() for one in some]
+    ours = {one: count for one, count in convolutions(CONFIG, SHAPE, OURS).items() if is_ours(one, OURS)}
+    assert Counter(one for one in made if isinstance(one, Conv)) == ours
+    assert Counter(one for one in made if isinstance(one, Attention)) == attentions(CONFIG, SHAPE)
+
+
+def test_every_group_norm_is_there(stages: dict[str, list[Kernel]]) -> None:
+    expected = norms(CONFIG, SHAPE)
+    for stage in STAGES:
+        made = [one.norm if isinstance(one, JoinNorm) else one for one in stages[stage]]
+        sizes = Counter((one.batch, one.channels, one.moved) for one in made if isinstance(one, GroupNorm))
+        wanted = Counter((one.batch, one.channels, one.moved) for one in expected[stage].elements())
+        assert sizes == wanted, stage
+
+
+def test_kernels_follow_each_other_as_in_the_networks(stages: dict[str, list[Kernel]]) -> None:
+    """The first ResBlock and transformer of the UNet: each reads as many channels as the one before it made."""
+    res, transformer = stages["unet_encoder"][:4], stages["unet_encoder"][4:15]
+    names = [type(one).__name__ for one in (*res, *transformer)]
+    assert names[:4] == ["GroupNorm", "Conv", "GroupNorm", "Conv"]
+    assert names[4:] == [
+        "GroupNorm",
+        "Conv",
+        "Conv",
+        "Attention",
+        "Conv",
+        "Conv",
+        "Attention",
+        *["Conv"] * 3,
+        "GroupNorm",
+    ]
+    qkv, over_itself = transformer[2:4]
+    assert isinstance(qkv, Conv) and isinstance(over_itself, Attention)
+    assert qkv.filters == 3 * over_itself.channels and over_itself.joined
+
+
+def test_what_each_is_given(stages: dict[str, list[Kernel]]) -> None:
+    """Every address that a kernel wants, maps in turn, weights one after the other, and maps that have room."""
+    used: list[int] = []
+
+    def weights(size: int) -> int:
+        used.append(size)
+        return 1 << 20
+
+    memory: Any = SimpleNamespace(maps=[[1 << 30, 2 << 30, 3 << 30]] * 2, floats=1 << 10, weights=weights)
+    functions = dict.fromkeys(("canny_conv", "canny_attention", "canny_join_norm", "canny_group_norm"), lambda *_: 0)
+    library: Any = SimpleNamespace(**functions, canny_max_cluster=lambda: 8)
+    for i, stage in enumerate(STAGES):
+        made = launches(library, stages[stage], memory, i % 2, beside=i < 2)
+        assert len(made) == len(stages[stage])
+        for n, (one, launch) in enumerate(zip(stages[stage], made, strict=True)):
+            call: Any = launch.call
+            assert call.y == (2 << 30 if n % 2 == 0 else 1 << 30)
+            pointers = {name for name, kind in call._fields_ if kind is ctypes.c_void_p}
+            missing = {name for name in pointers if not getattr(call, name)}
+            if isinstance(one, Conv):
+                unwanted = {"residual": not one.residual_batch, "second": not one.second, "weight_sums": not one.norm}
+                assert missing == {name for name, gone in unwanted.items() if gone}
+                assert call.beside == (i < 2) and 2 * one.rows * max(one.channels, one.filters) < MAP
+            elif isinstance(one, JoinNorm):
+                assert missing == {"x_residual", "x_scales"} and one.norm.moved // 2 < MAP // 4
+            elif isinstance(one, GroupNorm):
+                assert missing == (set() if one.row_batch else {"row"})
+            else:
+                assert not missing
+            launch(0)
+    assert sum(used) == sum(one.weights for some in stages.values() for one in some if isinstance(one, Conv))
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.step.gpu", lambda: None)
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert said == "bench.step: kernels are measured on an NVIDIA GPU, and cuda-python sees none here.\n"
