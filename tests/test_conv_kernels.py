@@ -225,7 +225,7 @@ MISTAKES = [
     ("if (kTaps > 1) x_ring.wait_full();", ""), ("x_there = x_ring.is_full();", "x_ring.is_full();"),
     ("ring.wait_empty();\n            barrier_expect", "barrier_expect"),
     ("ring.wait_empty();\n            bool of_x", "bool of_x"), ("empty(), parity ^ 1)", "empty(), parity)"),
-    ("products_begin();", ""), ("products_wait<1>();", "products_wait<2>();"), ("unit > first, before)", "true, before)"),
+    ("products_begin();", ""), ("products_wait<1>();", "products_wait<2>();"), ("unit > first, be", "true, be"),
     ("step(a[1], a[0], unit + 1)", "step(a[1], a[1], unit + 1)"),
     ("barrier_expect(ring.full, kUnit)", "barrier_expect(ring.full, kUnit / 2)"),
     ("from = x_ring.place + offset()", "from = positions + offset()"), ("mine[1], b + 2)", "mine[1], b + 4)"),
