@@ -173,15 +173,18 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         int32_t row = first_row + warp * 16 + lane % 16, stride = p.call.stride;
         ConvPosition to = conv_position(p, row);
         int32_t middle = to.at - range.first;
-        if (kTaps == 1) return kUnit + offset_of(row < p.rows ? middle : 0);
+        if constexpr (kTaps == 1) {
+            return kUnit + offset_of(row < p.rows ? middle : 0);
+        } else {
 #pragma unroll 1
-        for (int32_t tap = 0; tap < kTaps; tap++) {
-            int32_t line = tap / 3 - 1, column = tap % 3 - 1, y = to.y * stride + line, x = to.x * stride + column;
-            bool exists = row < p.rows && y >= 0 && y < p.call.height && x >= 0 && x < p.call.width;
-            int32_t at = middle + line * p.call.width + column, zeros = p.x_rows - kConvEight;
-            offsets[tap * kConsumers + threadIdx.x] = offset_of(exists ? at : zeros + (at & (kConvEight - 1)));
+            for (int32_t tap = 0; tap < kTaps; tap++) {
+                int32_t line = tap / 3 - 1, column = tap % 3 - 1, y = to.y * stride + line, x = to.x * stride + column;
+                bool exists = row < p.rows && y >= 0 && y < p.call.height && x >= 0 && x < p.call.width;
+                int32_t at = middle + line * p.call.width + column, zeros = p.x_rows - kConvEight;
+                offsets[tap * kConsumers + threadIdx.x] = offset_of(exists ? at : zeros + (at & (kConvEight - 1)));
+            }
+            return 0;
         }
-        return 0;
     }
 
     // This warp's 16 positions × 64 channels of a tap, from its rows' addresses.

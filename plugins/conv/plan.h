@@ -224,29 +224,32 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     p.by_width = conv_inverse(p.out_width);
     p.by_height = conv_inverse(p.out_height);
     p.by_residual = call.residual ? conv_inverse(call.residual_batch * p.out_height * p.out_width) : 0;
-    constexpr int32_t kWidths = sizeof kConvWidths / sizeof *kConvWidths;
-    for (int32_t at = 0; at < kWidths * kConvMostGroups; at++) {
-        int32_t groups = at / kWidths + 1, high = 64 * groups, wide = kConvWidths[at % kWidths];
+    for (int32_t groups = 1; groups <= kConvMostGroups; groups++) {
+        int32_t high = 64 * groups;
         if (groups > 1 && high - 64 >= p.rows) break;
-        if (call.filters % wide || (call.wide && call.wide != wide) || (call.high && call.high != high)) continue;
-        if ((wide > kConvNarrow && p.taps > 1) || wide > conv_widest(groups, call.weight_sums)) continue;
-        if (call.gate && !conv_gates(groups, wide)) continue;
-        ConvPlan plan;
-        plan.params = p;
-        plan.wide = wide;
-        plan.groups = groups;
-        conv_extent(plan);
-        plan.tiles = call.filters / wide * ((p.rows + high - 1) / high);
-        for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
-            if (call.cluster && call.cluster != cluster) continue;
-            plan.params.cluster = cluster;
-            plan.params.by_cluster = conv_inverse(cluster);
-            plan.params.share = p.units / cluster;
-            plan.params.rest = p.units % cluster;
-            if (!conv_places(plan)) continue;
-            conv_spread(plan);
-            plan.predicted = conv_predicted(plan);
-            if (!best.groups || plan.predicted < best.predicted) best = plan;
+        if (call.high && call.high != high) continue;
+        ConvPlan rows;
+        rows.params = p;
+        rows.groups = groups;
+        conv_extent(rows);
+        for (int32_t wide : kConvWidths) {
+            if (call.filters % wide || (call.wide && call.wide != wide)) continue;
+            if ((wide > kConvNarrow && p.taps > 1) || wide > conv_widest(groups, call.weight_sums)) continue;
+            if (call.gate && !conv_gates(groups, wide)) continue;
+            ConvPlan plan = rows;
+            plan.wide = wide;
+            plan.tiles = call.filters / wide * ((p.rows + high - 1) / high);
+            for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
+                if (call.cluster && call.cluster != cluster) continue;
+                plan.params.cluster = cluster;
+                plan.params.by_cluster = conv_inverse(cluster);
+                plan.params.share = p.units / cluster;
+                plan.params.rest = p.units % cluster;
+                if (!conv_places(plan)) continue;
+                conv_spread(plan);
+                plan.predicted = conv_predicted(plan);
+                if (!best.groups || plan.predicted < best.predicted) best = plan;
+            }
         }
     }
     return best;
