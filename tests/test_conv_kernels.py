@@ -221,7 +221,7 @@ MISTAKES = [
     ("__syncthreads();  // barriers and", "// barriers and"),
     ("cluster_arrive(), cluster_wait();  // all", "cluster_arrive();  // all"),
     ("cluster_wait();\n            block.template give", "block.template give"),
-    ("group_sync<1>(0, Block::kConsumers);", ""), ("if (!there) ring.wait_full();", ""),
+    ("group_sync<1>(0, Block::kConsumers);", ""), ("there = ring.is_full();", "there = true;"),
     ("if (kTaps > 1) x_ring.wait_full();", ""), ("x_there = x_ring.is_full();", "x_ring.is_full();"),
     ("ring.wait_empty();\n            barrier_expect", "barrier_expect"),
     ("ring.wait_empty();\n            bool of_x", "bool of_x"), ("empty(), parity ^ 1)", "empty(), parity)"),
