@@ -26,13 +26,13 @@ from rich.table import Table
 
 import bench.conv
 from bench.attention import placed, usual_library
-from bench.group_norm import graph_us
+from bench.group_norm import add_shape, graph_us
 from plugins.call import Attention, GroupNorm, open_library
 from plugins.conv_calls import Conv
 from plugins.token_calls import Join, JoinNorm
 from runtime.engine import check, cuda_runtime, gpu
 from runtime.manifest import EngineError
-from runtime.memory import Resources
+from runtime.memory import Resources, aligned
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 
 Kernel = Conv | GroupNorm | JoinNorm | Attention
@@ -131,17 +131,13 @@ class Memory:
 
     def weights(self, size: int) -> int:
         """The address of the next weights."""
+        address = self._weights + self._used
         self._used += aligned(size)
-        return self._weights + self._used - aligned(size)
+        return address
 
     def again(self) -> None:
         """Give the same weights again, to another library."""
         self._used = 0
-
-
-def aligned(size: int) -> int:
-    """Weights begin at multiples of 1024 bytes."""
-    return -(-size // 1024) * 1024
 
 
 def launches(library: Any, made: Sequence[Kernel], memory: Memory, stream: int, beside: bool) -> list[Launch]:
@@ -256,10 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = make.add_argument
     add("libraries", type=Path, nargs="*", help="compiled libraries (that of the TensorRT in this interpreter)")
-    add("--model", default="sd15", help="(%(default)s)")
-    add("--height", type=int, default=256, help="(%(default)s)")
-    add("--width", type=int, default=384, help="(%(default)s)")
-    add("--samples", type=int, default=1, help="(%(default)s)")
+    add_shape(make)
     add("--rounds", type=int, default=2, help="how often each library is measured, in turn (%(default)s)")
     add("--replays", type=int, default=20, help="a median is of so many (%(default)s)")
     add("--output", type=Path, default=Path("step.json"), help="what was measured (%(default)s)")

@@ -65,7 +65,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     using Tile::kHigh, Tile::kSums, Tile::kConsumers, Tile::p, Tile::memory, Tile::first_row, Tile::first_filter,
         Tile::rank, Tile::warp, Tile::lane;
 
-    static constexpr int kUnit = kWide * kConvDeep * int(sizeof(__half));  // bytes of the weights of a unit
+    static constexpr int kUnit = kWide * kConvRow;  // bytes of the weights of a unit
     static constexpr int kOffsets = conv_offsets(kGroups, kTaps);
     static constexpr bool kUneven = conv_uneven(kGroups, kWide);
 
@@ -90,7 +90,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         range = conv_range(p, first_row, kHigh);
     }
 
-    __device__ __forceinline__ int32_t x_bytes() const { return p.x_rows * kConvPitch * int32_t(sizeof(__half)); }
+    __device__ __forceinline__ int32_t x_bytes() const { return p.x_rows * kConvRow; }
 
     // Which 64 channels a unit is of: first those of x, then those of the second map, which have a unit each.
     __device__ __forceinline__ int32_t part_of(int32_t unit) const {
@@ -117,7 +117,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
 
     // The last eight rows of each place, for taps beyond the border.
     __device__ __forceinline__ void clear_zeros() const {
-        constexpr int32_t kBytes = kConvEight * kConvPitch * int(sizeof(__half));
+        constexpr int32_t kBytes = kConvEight * kConvRow;
         char* zeros = memory + (positions - weights) - kBytes;
         if (kTaps > 1)
             for (int32_t place = 0; place < p.x_places; place++)
@@ -143,20 +143,19 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     // One thread: have 64 channels of all positions copied at a time. Those of the second map go to where x has the same
     // positions, from the next multiple of eight before them on.
     __device__ __forceinline__ void copy_positions() const {
-        constexpr int32_t kRow = kConvPitch * int(sizeof(__half));
         ConvRing ring = positions_ring();
         int32_t parts = p.call.channels / kConvDeep, ahead = first_row - range.first;  // parts: of x
         for (int32_t part = part_of(first), end = part_of(last - 1); part <= end; part++) {
             ring.wait_empty();
             bool of_x = part < parts;
-            barrier_expect(ring.full, (of_x ? p.x_boxes * p.x_box : p.second_box) * kRow);
+            barrier_expect(ring.full, (of_x ? p.x_boxes * p.x_box : p.second_box) * kConvRow);
             if (of_x)
                 for (int32_t row = 0; row < p.x_boxes * p.x_box; row += p.x_box)
-                    copy_rows(ring.place + row * kRow, work.x, range.first + row, part * kConvDeep, ring.full);
+                    copy_rows(ring.place + row * kConvRow, work.x, range.first + row, part * kConvDeep, ring.full);
             else
                 copy_rows(
-                    ring.place + ahead / kConvEight * kConvEight * kRow, work.second, first_row - ahead % kConvEight,
-                    (part - parts) * kConvDeep, ring.full
+                    ring.place + ahead / kConvEight * kConvEight * kConvRow,
+                    work.second, first_row - ahead % kConvEight, (part - parts) * kConvDeep, ring.full
                 );
             ring.next();
         }
@@ -164,7 +163,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
 
     // Where a row of x lies in a place: its first 16 channels, or the next eight; those of the 16 after them at that xor 32.
     __device__ __forceinline__ uint32_t offset_of(int32_t row) const {
-        return row * (kConvPitch * 2) + ((lane / 16 ^ (row & (kConvEight - 1))) << 4);
+        return row * kConvRow + ((lane / 16 ^ (row & (kConvEight - 1))) << 4);
     }
 
     // Have at hand where the row of x lies that this lane names to its warp, for each tap; of the only one, counted from a

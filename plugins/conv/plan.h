@@ -12,7 +12,7 @@ namespace canny {
 
 constexpr int kConvDeep = 64;              // channels of a unit of work: one tap of 64 channels
 constexpr int kConvBlock = 64 * kConvDeep;  // weights of a unit and 64 filters, side by side in memory
-constexpr int kConvPitch = kConvDeep;      // halves of a row of x in shared memory, swizzled as the weights are
+constexpr int kConvRow = 2 * kConvDeep;    // bytes of a row of x in shared memory, swizzled as the weights are
 constexpr int kConvEight = 8;              // rows after which the swizzle repeats; so many are zeros
 constexpr int kConvMostBox = 256;          // rows of a copy
 constexpr int kConvWarpgroup = 128;
@@ -143,7 +143,7 @@ inline bool conv_places(ConvPlan& plan) {
     bool norm = p.call.weight_sums;
     int32_t fixed = kConvAlign + plan.wide * (1 + norm) * int32_t(sizeof(float)) + conv_offsets(plan.groups, p.taps) +
                     conv_parts(plan.groups, plan.wide, p.cluster, p.call.gate, norm);
-    int32_t x_bytes = p.x_rows * kConvPitch * 2, bytes = plan.wide * kConvDeep * 2, units = p.share + (p.rest > 0);
+    int32_t x_bytes = p.x_rows * kConvRow, bytes = plan.wide * kConvRow, units = p.share + (p.rest > 0);
     int32_t most_places = std::clamp(units, 4, kConvPlaces);
     int32_t most_x = p.taps == 1 ? most_places : p.call.second_channels ? 3 : 2;  // the second map has one tap
     auto sum = [&] { return fixed + p.x_places * (x_bytes + 16) + p.places * (bytes + 16); };
