@@ -22,7 +22,7 @@ SOURCES = ("CMakeLists.txt", "*.cuh", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
 GROUP_NORM, ATTENTION = "CannyGroupNorm", "CannyAttention"  # in TensorRT's registry
 LAYER_NORM, GEGLU = "CannyLayerNorm", "CannyGeglu"
 ADD, JOIN, JOIN_NORM = "CannyAdd", "CannyJoin", "CannyJoinNorm"
-CONV, UPDATE = "CannyConv", "CannyUpdate"
+CONV, CROSS, UPDATE = "CannyConv", "CannyCross", "CannyUpdate"
 TRANSFORMER = (ATTENTION, LAYER_NORM, GEGLU)  # what a transformer over a map is made of
 RESIDUALS = (ADD, JOIN, JOIN_NORM, UPDATE)  # what adds a ResBlock's input, ControlNet's residuals, and ends a step
 VERSION = "1"
@@ -30,6 +30,7 @@ FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 CONV_MULTIPLE, CONV_ROWS = 64, 8000  # of the channels and filters, and most positions, that conv/kernel.cuh takes
 CONV_PLACES = 720  # positions of x that it has room for
 CONV_CAPABILITY = "9.0"  # the one that it has kernels for
+CROSS_WORDS, CROSS_HEADS = 80, 4  # most words of a text, each head's columns; heads must be a multiple of the latter
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 
 
@@ -119,7 +120,7 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
 
     Raises PluginError as `load` does, and where the plugins here are others.
     """
-    unknown = sorted(needed.keys() - {GROUP_NORM, CONV, *TRANSFORMER, *RESIDUALS})
+    unknown = sorted(needed.keys() - {GROUP_NORM, CONV, CROSS, *TRANSFORMER, *RESIDUALS})
     if unknown:
         raise PluginError(f"the engines need the plugin {unknown[0]}, which is not among those here: build them again.")
     if not needed:
@@ -141,6 +142,22 @@ def has_conv_kernel(shape: Sequence[int], weight: Sequence[int], stride: int) ->
     # Its smallest tile has 64 positions in a row: from the first of x to the last, and a border of a line and one.
     places = 1 + 63 * stride + (stride - 1) * w * -(-64 // columns) + size // 2 * 2 * (w + 1)
     return batch * lines * columns <= CONV_ROWS and min(places, batch * h * w) <= CONV_PLACES
+
+
+def has_cross_kernel(shape: Sequence[int], batch: int, heads: int, words: int) -> bool:
+    """Whether conv/kernel.cuh does both halves of a cross-attention of a map (b, C, h, w), taken in turn for `batch`
+    texts of so many words.
+    """
+    rows, channels, h, w = shape
+    fits = not channels % CONV_MULTIPLE and not heads % CROSS_HEADS and 0 < words <= CROSS_WORDS
+    return fits and not batch % rows and batch * h * w <= CONV_ROWS
+
+
+def text_columns(heads: int, channels: int) -> int:
+    """How wide a line of the map is that `CannyCross` takes of each word: what its key makes of the channels for each
+    head, then what its value makes of them, then what each head's score has by itself, and zeros.
+    """
+    return 2 * heads * channels + CONV_MULTIPLE
 
 
 def conv_blocks(*weights: np.ndarray) -> np.ndarray:
