@@ -23,7 +23,7 @@ class CannyConv(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
         *((name, ctypes.c_int32) for name in ("residual_batch", "second_channels", "cluster", "high", "wide")),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("gate", "beside")),
+        *((name, ctypes.c_int32) for name in ("gate", "beside", "cross", "x_batch", "words", "text_pitch")),
     ]
 
 

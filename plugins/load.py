@@ -31,6 +31,7 @@ CONV_MULTIPLE, CONV_ROWS = 64, 8000  # of the channels and filters, and most pos
 CONV_PLACES = 720  # positions of x that it has room for
 CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 CROSS_WORDS, CROSS_HEADS = 80, 4  # most words of a text, each head's columns; heads must be a multiple of the latter
+TEXT_MULTIPLE = 256  # of a text's columns, so that tiles of all widths can make them
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 
 
@@ -157,7 +158,7 @@ def text_columns(heads: int, channels: int) -> int:
     """How wide a line of the map is that `CannyCross` takes of each word: what its key makes of the channels for each
     head, then what its value makes of them, then what each head's score has by itself, and zeros.
     """
-    return 2 * heads * channels + CONV_MULTIPLE
+    return 2 * heads * channels + TEXT_MULTIPLE
 
 
 def conv_blocks(*weights: np.ndarray) -> np.ndarray:

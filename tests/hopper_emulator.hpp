@@ -172,7 +172,6 @@ void copy_swizzled(uint32_t to, int32_t high, uint32_t barrier, Get get) {
     emulator::Block& block = *emulator::current->block;
     emulator::Phases& one = emulator::phases_at(block, barrier);
     if (!one.seen) emulator::wrong("a barrier that copies do not see yet");
-    if (!emulator::current->waited) emulator::wrong("a copy of what the kernel before may still write");
     if (to % 1024) emulator::wrong("rows that do not begin at a multiple of 1024");
     emulator::later([&block, &one, to, high, get] {
         for (int32_t at = 0; at < high * 64; at += 8) {
@@ -187,16 +186,26 @@ void copy_swizzled(uint32_t to, int32_t high, uint32_t barrier, Get get) {
     });
 }
 
-inline void copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+inline void has_waited() {
+    if (!emulator::current->waited) emulator::wrong("a copy of what the kernel before may still write");
+}
+
+inline void copy_rows_early(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
     copy_swizzled(to, map.high, barrier, [map, row, channel](int32_t i, int32_t at) {
         bool there = row + i >= 0 && row + i < map.rows && channel + at < map.channels;
         return there ? map.x + int64_t(row + i) * map.channels + channel + at : nullptr;
     });
 }
 
+inline void copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+    has_waited();
+    copy_rows_early(to, map, row, channel, barrier);
+}
+
 inline void copy_head(
     uint32_t to, const HeadMap& map, int32_t batch, int32_t row, int32_t head, int32_t channel, uint32_t barrier
 ) {
+    has_waited();
     copy_swizzled(to, map.high, barrier, [=](int32_t i, int32_t at) {
         bool there = batch < map.batch && head < map.heads && row + i < map.rows && channel + at < map.width;
         int64_t line = int64_t(batch) * map.rows + row + i;
@@ -212,20 +221,15 @@ inline void products_commit() {
 }
 
 template <int kCount>
-void multiply_group(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b) {
+void multiply_group(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, bool add = true) {
     if (!emulator::current->fenced) emulator::wrong("a product without a fence before it");
     emulator::current->products.back().push_back({c, kCount, a, b});
-}
-
-template <int kCount>
-void multiply_keys(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
-    multiply_group(c, a, b);
     emulator::current->products.back().back().adds = add;
 }
 
 template <int kCount>
-void multiply_values(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
-    multiply_keys(c, a, b, add);
+void multiply_rows(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, bool add = true) {
+    multiply_group(c, a, b, add);
     emulator::current->products.back().back().rows = true;
 }
 

@@ -65,7 +65,7 @@ struct HopperBlock : HopperTiles<D, kKeys> {
         uint64_t b = matrix_at(keys_of(turn));
         products_begin();
 #pragma unroll
-        for (int i = 0; i < kSteps; i++) multiply_keys(s, q[i], b + i / 4 * (kBox * 2 / 16) + i % 4 * 2, i > 0);
+        for (int i = 0; i < kSteps; i++) multiply_group(s, q[i], b + i / 4 * (kBox * 2 / 16) + i % 4 * 2, i > 0);
     }
 
     // Those of keys that do not exist are far below the others.
@@ -145,7 +145,7 @@ struct HopperBlock : HopperTiles<D, kKeys> {
         uint64_t b = rows_at(values_of(turn), kBox * 2);
         products_begin();
 #pragma unroll
-        for (int i = 0; i < kKeys / 16; i++) multiply_values(state.y, weights[i], b + i * 128, i > 0 || turn > 0);
+        for (int i = 0; i < kKeys / 16; i++) multiply_rows(state.y, weights[i], b + i * 128, i > 0 || turn > 0);
         products_commit();
     }
 

@@ -11,6 +11,13 @@
 // With weight_sums, 1×1 only, x is normalised first: each position less its mean, over its deviation (LayerNorm without
 // scale and bias, which plugins.load.fold_norm puts into weight and bias).
 //
+// With cross, 1×1 only, weights are what a text's words made of them, for each row of the batch its own text: `weight` is
+// a map (batch, words, text_pitch), in each line 2·heads·C numbers and one more for each head, C being the channels that
+// the cross-attention is of. cross 1: x, of a batch of x_batch that is taken in turn, goes through a LayerNorm without scale and bias and is
+// multiplied by each head's first C numbers of each word; y is the softmax, base 2, of these and the head's last number, in
+// 80 columns for a head, which is what filters are. cross 2: x is that, and y the sum over heads and words of x times the
+// head's second C numbers; with bias and residual.
+//
 // With gate, 1×1 without a residual only, y is a · GELU(b) and half as wide: filters are 8 of a, 8 of b, 8 of a, …
 struct CannyConv {
     const void* x;         // (B, height, width, channels), channels a multiple of 64
@@ -26,4 +33,6 @@ struct CannyConv {
     float epsilon;                // added to the variance, with weight_sums
     int32_t gate;                 // 0 or 1
     int32_t beside;               // 1: kernels of another stream are to run beside it
+    int32_t cross;                // 0; 1 for a cross-attention's scores, 2 for its values
+    int32_t x_batch, words, text_pitch;  // with cross
 };

@@ -134,8 +134,9 @@ __device__ __forceinline__ void expect_rows(const ConvMap& map) {
 }
 
 // Begin to copy the rows and 64 channels from these on, zeros where there is no row; their bytes count for the barrier.
+// early: of what the kernel before has not written.
 __device__ __forceinline__ void
-copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+copy_rows_early(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             to
@@ -143,6 +144,11 @@ copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_
         "l"(&map), "r"(channel), "r"(row), "r"(barrier)
         : "memory"
     );
+}
+
+__device__ __forceinline__ void
+copy_rows(uint32_t to, const ConvMap& map, int32_t row, int32_t channel, uint32_t barrier) {
+    copy_rows_early(to, map, row, channel, barrier);
 }
 
 // -- products ---------------------------------------------------------------------------------------------------------
@@ -174,65 +180,72 @@ __device__ __forceinline__ void products_done(float (&c)[kCount]) {
     for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-#define CANNY_SUMS(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define CANNY_SUMS_16(i) CANNY_SUMS(i), CANNY_SUMS(i + 4), CANNY_SUMS(i + 8), CANNY_SUMS(i + 12)
+#define CANNY_SUMS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define CANNY_SUMS_8(i) CANNY_SUMS_4(i), CANNY_SUMS_4(i + 4)
+#define CANNY_SUMS_16(i) CANNY_SUMS_8(i), CANNY_SUMS_8(i + 8)
+#define CANNY_SUMS_32(i) CANNY_SUMS_16(i), CANNY_SUMS_16(i + 16)
+#define CANNY_SUMS_64(i) CANNY_SUMS_32(i), CANNY_SUMS_32(i + 32)
 
-// Operands of a product: 32 sums from this number on.
-#define CANNY_32_FROM_0 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CANNY_32_FROM_32 \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define CANNY_32_FROM_64 \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define CANNY_32_FROM_96 \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// Operands of a product: 16 sums from this number on, or all up to it.
+#define CANNY_FROM_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define CANNY_FROM_16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CANNY_FROM_32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define CANNY_FROM_48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CANNY_FROM_64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define CANNY_FROM_80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define CANNY_FROM_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define CANNY_FROM_112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define CANNY_TO_32 CANNY_FROM_0 ", " CANNY_FROM_16
+#define CANNY_TO_64 CANNY_TO_32 ", " CANNY_FROM_32 ", " CANNY_FROM_48
+#define CANNY_TO_96 CANNY_TO_64 ", " CANNY_FROM_64 ", " CANNY_FROM_80
 
-// c (64×n, float) += a (64×16, half) · b (n×16, half) transposed, by the four warps of a warpgroup, n being twice the
-// sums of a thread. Each warp has 16 rows of a and c, in the fragments of mma.m16n8k16; b is in shared memory. c is only to
-// be read after products_wait, and a only to be changed then.
+// c (64×n, float) = a (64×16, half) · b, by the four warps of a warpgroup, n being twice the sums of a thread; added to c
+// where `add`. multiply_group: b (n×16) transposed; multiply_rows: b (16×n). Each warp has 16 rows of a and c, in the fragments
+// of mma.m16n8k16; b is in shared memory. c is only to be read after products_wait, and a only to be changed then.
 #ifdef CANNY_HOPPER
-#define CANNY_GROUP(n, sums, list, constraints, a0, a1, a2, a3, b)                                                \
-    __device__ __forceinline__ void multiply_group(float(&c)[sums], const uint32_t(&a)[4], uint64_t rows) {        \
-        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" n              \
-                     "k16.f32.f16.f16 {" list "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, 0;\n}"       \
-                     : constraints                                                                                 \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows));                                     \
+#define CANNY_PRODUCT(name, rows, n, count, list, a_and_b, adds, ...)                                                   \
+    __device__ __forceinline__ void name(                                                                              \
+        float (&c)[count], const uint32_t (&a)[4], uint64_t b, bool add = true                                         \
+    ) {                                                                                                                \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" n          \
+                     "k16.f32.f16.f16 {" list "}, " a_and_b ", add, 1, 1, " rows ";\n}"                                \
+                     : __VA_ARGS__                                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(uint32_t(add)));                        \
     }
 #else
-#define CANNY_GROUP(n, sums, list, constraints, a0, a1, a2, a3, b) \
-    __device__ __forceinline__ void multiply_group(float(&)[sums], const uint32_t(&)[4], uint64_t) {}
+#define CANNY_PRODUCT(name, rows, n, count, list, a_and_b, adds, ...) \
+    __device__ __forceinline__ void name(float (&)[count], const uint32_t (&)[4], uint64_t, bool = true) {}
 #endif
 
-#define CANNY_ALL_32 CANNY_SUMS_16(0), CANNY_SUMS_16(16)
-#define CANNY_ALL_64 CANNY_ALL_32, CANNY_SUMS_16(32), CANNY_SUMS_16(48)
-#define CANNY_ALL_96 CANNY_ALL_64, CANNY_SUMS_16(64), CANNY_SUMS_16(80)
-#define CANNY_ALL_128 CANNY_ALL_96, CANNY_SUMS_16(96), CANNY_SUMS_16(112)
-#define CANNY_64_FROM_0 CANNY_32_FROM_0 ", " CANNY_32_FROM_32
-#define CANNY_96_FROM_0 CANNY_64_FROM_0 ", " CANNY_32_FROM_64
-#define CANNY_128_FROM_0 CANNY_96_FROM_0 ", " CANNY_32_FROM_96
-CANNY_GROUP("64", 32, CANNY_32_FROM_0, CANNY_ALL_32, "%32", "%33", "%34", "%35", "%36")
-CANNY_GROUP("128", 64, CANNY_64_FROM_0, CANNY_ALL_64, "%64", "%65", "%66", "%67", "%68")
-CANNY_GROUP("192", 96, CANNY_96_FROM_0, CANNY_ALL_96, "%96", "%97", "%98", "%99", "%100")
-CANNY_GROUP("256", 128, CANNY_128_FROM_0, CANNY_ALL_128, "%128", "%129", "%130", "%131", "%132")
+CANNY_PRODUCT(multiply_group, "0", "48", 24, CANNY_FROM_0 ", %16, %17, %18, %19, %20, %21, %22, %23", "{%24, %25, %26, %27}, %28", "%29", CANNY_SUMS_16(0), CANNY_SUMS_8(16))
+CANNY_PRODUCT(multiply_group, "0", "64", 32, CANNY_TO_32, "{%32, %33, %34, %35}, %36", "%37", CANNY_SUMS_32(0))
+CANNY_PRODUCT(multiply_group, "0", "80", 40, CANNY_TO_32 ", %32, %33, %34, %35, %36, %37, %38, %39", "{%40, %41, %42, %43}, %44", "%45", CANNY_SUMS_32(0), CANNY_SUMS_8(32))
+CANNY_PRODUCT(multiply_group, "0", "128", 64, CANNY_TO_64, "{%64, %65, %66, %67}, %68", "%69", CANNY_SUMS_64(0))
+CANNY_PRODUCT(multiply_group, "0", "160", 80, CANNY_TO_64 ", " CANNY_FROM_64, "{%80, %81, %82, %83}, %84", "%85", CANNY_SUMS_64(0), CANNY_SUMS_16(64))
+CANNY_PRODUCT(multiply_group, "0", "192", 96, CANNY_TO_96, "{%96, %97, %98, %99}, %100", "%101", CANNY_SUMS_64(0), CANNY_SUMS_32(64))
+CANNY_PRODUCT(multiply_group, "0", "256", 128, CANNY_TO_96 ", " CANNY_FROM_96 ", " CANNY_FROM_112, "{%128, %129, %130, %131}, %132", "%133", CANNY_SUMS_64(0), CANNY_SUMS_64(64))
+CANNY_PRODUCT(multiply_rows, "1", "40", 20, CANNY_FROM_0 ", %16, %17, %18, %19", "{%20, %21, %22, %23}, %24", "%25", CANNY_SUMS_16(0), CANNY_SUMS_4(16))
+CANNY_PRODUCT(multiply_rows, "1", "64", 32, CANNY_TO_32, "{%32, %33, %34, %35}, %36", "%37", CANNY_SUMS_32(0))
+CANNY_PRODUCT(multiply_rows, "1", "80", 40, CANNY_TO_32 ", %32, %33, %34, %35, %36, %37, %38, %39", "{%40, %41, %42, %43}, %44", "%45", CANNY_SUMS_32(0), CANNY_SUMS_8(32))
+CANNY_PRODUCT(multiply_rows, "1", "128", 64, CANNY_TO_64, "{%64, %65, %66, %67}, %68", "%69", CANNY_SUMS_64(0))
 
-#undef CANNY_GROUP
-#undef CANNY_ALL_32
-#undef CANNY_ALL_64
-#undef CANNY_ALL_96
-#undef CANNY_ALL_128
-#undef CANNY_64_FROM_0
-#undef CANNY_96_FROM_0
-#undef CANNY_128_FROM_0
-#undef CANNY_SUMS
+#undef CANNY_PRODUCT
+#undef CANNY_SUMS_4
+#undef CANNY_SUMS_8
 #undef CANNY_SUMS_16
-#undef CANNY_32_FROM_0
-#undef CANNY_32_FROM_32
-#undef CANNY_32_FROM_64
-#undef CANNY_32_FROM_96
+#undef CANNY_SUMS_32
+#undef CANNY_SUMS_64
+#undef CANNY_FROM_0
+#undef CANNY_FROM_16
+#undef CANNY_FROM_32
+#undef CANNY_FROM_48
+#undef CANNY_FROM_64
+#undef CANNY_FROM_80
+#undef CANNY_FROM_96
+#undef CANNY_FROM_112
+#undef CANNY_TO_32
+#undef CANNY_TO_64
+#undef CANNY_TO_96
 
 // A warpgroup gives registers of its threads to the others of its block, or waits for some; a multiple of 8.
 template <int kCount>
@@ -285,6 +298,13 @@ namespace canny {
 __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
     constexpr uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
     return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | kEightRows << 32 | kSwizzle128 << 62;
+}
+
+// The same rows as those of matrix_at, but multiplied along: 16 rows further is 128 more. `box`: bytes from one 64
+// columns to the next.
+__device__ __forceinline__ uint64_t rows_at(uint32_t address, uint32_t box) {
+    constexpr uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
+    return uint64_t(address >> 4 & 0x3fff) | uint64_t(box / 16) << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
 
 }  // namespace canny

@@ -58,12 +58,12 @@ struct ConvWork {
 };
 
 // kTaps: 1 or 9.
-template <int kGroups, int kWide, bool kNorm, int kTaps, int kGate>
-struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
-    using Tile = ConvTile<kGroups, kWide, kNorm, kGate>;
+template <int kGroups, int kWide, bool kNorm, int kTaps, int kKind>
+struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kKind> {
+    using Tile = ConvTile<kGroups, kWide, kNorm, kKind>;
     using typename Tile::Moments;
-    using Tile::kHigh, Tile::kSums, Tile::kConsumers, Tile::p, Tile::memory, Tile::first_row, Tile::first_filter,
-        Tile::rank, Tile::warp, Tile::lane;
+    using Tile::kHigh, Tile::kSums, Tile::kConsumers, Tile::kScores, Tile::kValues, Tile::kCross, Tile::p, Tile::memory,
+        Tile::image, Tile::first_row, Tile::end_row, Tile::first_filter, Tile::rank, Tile::warp, Tile::lane;
 
     static constexpr int kUnit = kWide * kConvRow;  // bytes of the weights of a unit
     static constexpr int kOffsets = conv_offsets(kGroups, kTaps);
@@ -87,7 +87,13 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         Tile::parts = reinterpret_cast<float*>(parts);
         first = rank * p.share + min(rank, p.rest);
         last = first + p.share + (rank < p.rest);
-        range = conv_range(p, first_row, kHigh);
+        if constexpr (kCross) {
+            int32_t each = p.out_height * p.out_width, of_x = image;
+            if (kScores) of_x -= conv_divide(image, p.by_x_batch) * p.call.x_batch;
+            range.first = first_row + (of_x - image) * each;
+        } else {
+            range = conv_range(p, first_row, kHigh);
+        }
     }
 
     __device__ __forceinline__ int32_t x_bytes() const { return p.x_rows * kConvRow; }
@@ -128,6 +134,15 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     // One thread: have the weights of units copied, from `unit` to before `end`.
     __device__ __forceinline__ void copy_weights(ConvRing& ring, int32_t unit, int32_t end) const {
         constexpr int32_t kBlock = kConvBlock * int(sizeof(__half));
+        if constexpr (kCross) {
+            for (; unit < end; unit++) {
+                ring.wait_empty();
+                barrier_expect(ring.full, kUnit);
+                copy_words(ring, unit);
+                ring.next();
+            }
+            return;
+        }
         const __half* from = static_cast<const __half*>(p.call.weight) +
                              (int64_t(first_filter / 64) * p.units + unit) * kConvBlock;
         for (; unit < end; unit++, from += kConvBlock) {
@@ -137,6 +152,32 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
             for (int32_t i = 0; i < kWide / 64; i++)
                 copy_block(ring.place + i * kBlock, from + int64_t(i) * p.units * kConvBlock, kBlock, ring.full);
             ring.next();
+        }
+    }
+
+    // What a text's words made of weights: 64 channels of each head's words as rows; or of 64 columns of scores each word's
+    // channels, 16 words at a time, which are of one head. Rows beyond a text's words are of the next or zeros: such scores
+    // are put far below the others, and become zeros.
+    __device__ __forceinline__ void copy_words(const ConvRing& ring, int32_t unit) const {
+        constexpr int32_t kEach = kConvWords / kConvStep, kSteps = kConvDeep / kConvStep, kBytes = kConvStep * kConvRow;
+        int32_t words = image * p.call.words;
+        if constexpr (kScores) {
+            int32_t channel = first_filter / kConvWords * p.call.channels + unit * kConvDeep;
+#pragma unroll
+            for (int32_t i = 0; i < kWide / kConvWords; i++, channel += p.call.channels)
+                copy_rows_early(ring.place + i * kConvWords * kConvRow, work.second, words, channel, ring.full);
+        } else {
+#pragma unroll
+            for (int32_t i = 0; i < kSteps; i++) {
+                int32_t step = unit * kSteps + i, head = uint32_t(step) / kEach;
+                int32_t word = words + (step - head * kEach) * kConvStep;
+                int32_t channel = (p.heads + head) * p.call.filters + first_filter;
+#pragma unroll
+                for (int32_t k = 0; k < kWide / 64; k++) {
+                    uint32_t to = ring.place + (k * kSteps + i) * kBytes;
+                    copy_rows_early(to, work.second, word, channel + k * 64, ring.full);
+                }
+            }
         }
     }
 
@@ -170,6 +211,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
     // unit's weights, what is returned.
     __device__ __forceinline__ uint32_t put_offsets() const {
         int32_t row = first_row + warp * 16 + lane % 16, stride = p.call.stride;
+        if constexpr (kCross) return kUnit + offset_of(row < end_row ? row - first_row : 0);
         ConvPosition to = conv_position(p, row);
         int32_t middle = to.at - range.first;
         if constexpr (kTaps == 1) {
@@ -192,6 +234,14 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         for (int k = 0; k < 4; k++) load_matrices(a[k], from ^ k << 5);
     }
 
+    static constexpr uint32_t kDeepRows = kConvDeep * kConvRow;  // bytes of a unit and 64 channels of words
+
+    // Product number k of a unit by the weights at b.
+    __device__ __forceinline__ void product(float (&sums)[kSums], const uint32_t (&a)[4][4], uint64_t b, int k) const {
+        if constexpr (kValues) multiply_rows(sums, a[k], b + k * (kConvStep * kConvRow / 16));
+        else multiply_group(sums, a[k], b + 2 * k);
+    }
+
     // The warpgroups: multiply. A thread's sums are of the rows and filters of wgmma's fragments. only: see put_offsets.
     //
     // A warp is alone on its scheduler: what it does between one unit's products and the next's is time in which nothing is
@@ -211,10 +261,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
         ring.wait_full();
         pick(a[0], kTaps > 1 ? x_ring.place + offset() : ring.place + only);
         auto step = [&](const uint32_t(&mine)[4][4], uint32_t(&after)[4][4], int32_t unit) {
-            const uint64_t b = matrix_at(uniform(ring.place));
+            const uint64_t b = kValues ? rows_at(uniform(ring.place), kDeepRows) : matrix_at(uniform(ring.place));
             const uint32_t now = ring.empty();
             products_begin();
-            multiply_group(sums, mine[0], b);
+            product(sums, mine, b, 0);
             ring.next();
             uint32_t from = ring.place + only;
             bool x_there = true;
@@ -228,11 +278,11 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
                 x_there = x_ring.is_full();
             }
             hold(from);
-            multiply_group(sums, mine[1], b + 2);
+            product(sums, mine, b, 1);
             const bool there = ring.is_full();
             if constexpr (kNorm) moments.add(mine);
-            multiply_group(sums, mine[2], b + 4);
-            multiply_group(sums, mine[3], b + 6);
+            product(sums, mine, b, 2);
+            product(sums, mine, b, 3);
             products_commit();
             products_wait<1>();  // the unit before is multiplied: its weights and registers are free
             barrier_arrive_if(leads && unit > first, before);
@@ -253,10 +303,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kGate> {
 };
 
 // Grid: blocks of a cluster, tiles of filters, tiles of rows.
-template <int kGroups, int kWide, bool kNorm, int kTaps, int kGate>
+template <int kGroups, int kWide, bool kNorm, int kTaps, int kKind>
 __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kGroups, kWide))
     conv(const __grid_constant__ ConvWork work) {
-    using Block = ConvBlock<kGroups, kWide, kNorm, kTaps, kGate>;
+    using Block = ConvBlock<kGroups, kWide, kNorm, kTaps, kKind>;
     Block block(work);
     const ConvParams& p = work.params;
     // The first threads of two warps.
@@ -267,7 +317,7 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
     if (copies_x) expect_rows(work.x);
     if (copies_weights) {
         block.begin_barriers();
-        block.copy_weights(ring, block.first, ahead);  // which no kernel before this one has written
+        block.copy_weights(ring, block.first, ahead);  // which the kernel before this one has not written
     }
     typename Block::Constants constants;
     if (multiplies) block.ask_constants(constants), block.clear_zeros();
@@ -314,13 +364,22 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     if (!plan.groups) return false;
     const ConvParams& p = plan.params;
     ConvWork work{{}, {}, p};
-    int32_t positions = call.batch * call.height * call.width;
+    int32_t positions = (call.cross == 1 ? call.x_batch : call.batch) * call.height * call.width;
     if (!describe(work.x, call.x, positions, call.channels, p.x_box)) return false;
     if (call.second_channels && !describe(work.second, call.second, positions, call.second_channels, p.second_box))
         return false;
-    int32_t high = 64 * plan.groups, threads = conv_threads(plan.groups, plan.wide);
-    dim3 grid(p.cluster, call.filters / plan.wide, (p.rows + high - 1) / high);
+    int32_t lines = call.batch * call.words, at_once = call.cross == 1 ? kConvWords : kConvStep;
+    if (call.cross && !describe(work.second, call.weight, lines, call.text_pitch, at_once)) return false;
+    int32_t across = call.filters / plan.wide, threads = conv_threads(plan.groups, plan.wide);
+    dim3 grid(p.cluster, across, plan.tiles / across);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, work); };
+    auto cross = [&](auto groups) {
+        constexpr int kGroups = decltype(groups)::value;
+        if (plan.wide == kConvWords) return go(conv<kGroups, kConvWords, true, 1, kConvScores>);
+        if (plan.wide == 2 * kConvWords) return go(conv<kGroups, 2 * kConvWords, true, 1, kConvScores>);
+        return plan.wide == 64 ? go(conv<kGroups, 64, false, 1, kConvValues>)
+                               : go(conv<kGroups, 128, false, 1, kConvValues>);
+    };
     auto cut = [&](auto groups, auto norm, auto gate) {
         constexpr int kGroups = decltype(groups)::value, kGate = decltype(gate)::value;
         constexpr bool kNorm = decltype(norm)::value;
@@ -341,6 +400,7 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     };
     std::integral_constant<int, 1> one;
     std::integral_constant<int, 2> two;
+    if (call.cross) return plan.groups == 1 ? cross(one) : cross(two);
     if (call.weight_sums) return plan.groups == 1 ? choose(one, std::true_type{}) : choose(two, std::true_type{});
     return plan.groups == 1 ? choose(one, std::false_type{}) : choose(two, std::false_type{});
 }

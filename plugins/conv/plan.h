@@ -22,6 +22,16 @@ constexpr int kConvMostGroups = 2, kConvMostCluster = 8;
 constexpr int32_t kConvPlaces = 6;         // most for weights
 constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
+// What is done with a tile's sums, or to them: a template's number.
+enum ConvKind { kConvPlain, kConvGate, kConvScores, kConvValues };
+
+inline int32_t conv_kind(const CannyConv& call) {
+    return call.cross ? kConvPlain + kConvGate + call.cross : call.gate;
+}
+
+constexpr int32_t kConvWords = 80;  // columns of a head's scores: most words of a text
+constexpr int32_t kConvStep = 16;   // words of a product
+
 struct ConvParams {
     CannyConv call;
     int32_t out_height, out_width, rows;  // rows: B·h·w of y
@@ -31,6 +41,9 @@ struct ConvParams {
     // Rows of a copy of x, or of the second map; how many copies of x are all that a tile needs; rows of a place, places,
     // and those for weights.
     int32_t x_box, second_box, x_boxes, x_rows, x_places, places;
+    // With cross: heads; tiles of rows of an image, and inverses of that and of x_batch.
+    int32_t heads, tiles_each;
+    uint32_t by_tiles, by_x_batch;
 };
 
 struct ConvPlan {
@@ -39,7 +52,7 @@ struct ConvPlan {
     int32_t predicted = 0;                               // in ns, what cuts are chosen by
 };
 
-constexpr int32_t kConvWidths[] = {64, 128, 192, 256};  // filters of a tile
+constexpr int32_t kConvWidths[] = {64, 128, 192, 256, kConvWords, 2 * kConvWords};  // filters of a tile
 constexpr int32_t kConvNarrow = 128;                     // up to which there are all sizes; above 1×1 only
 
 // Whether threads that multiply need more registers than each thread of a block can have.
@@ -62,12 +75,14 @@ constexpr bool conv_gates(int32_t groups, int32_t wide) { return groups == 1 || 
 // How many blocks a processor has registers for.
 constexpr int32_t conv_together(int32_t groups, int32_t wide) { return groups * wide <= 128 ? 2 : 1; }
 
-// Bytes of what a block has of a piece of a tile, see tile.cuh; and of all that the blocks of a cluster give to one.
-constexpr int32_t conv_part(int32_t gate, bool norm) { return ((4 << gate) + norm) * 32 * 16; }
+// Eights of filters of a piece of a tile, see tile.cuh; bytes of what a block has of one; and of all that the blocks of a
+// cluster give to one.
+constexpr int32_t conv_piece(int32_t kind) { return kind == kConvScores ? kConvWords / 8 : kind == kConvGate ? 8 : 4; }
+constexpr int32_t conv_part(int32_t kind, bool norm) { return (conv_piece(kind) + norm) * 32 * 16; }
 
-constexpr int32_t conv_parts(int32_t groups, int32_t wide, int32_t cluster, int32_t gate, bool norm) {
-    int32_t pieces = 4 * groups * (wide / 32 >> gate);
-    return cluster == 1 ? 0 : (pieces + cluster - 1) / cluster * cluster * conv_part(gate, norm);
+constexpr int32_t conv_parts(int32_t groups, int32_t wide, int32_t cluster, int32_t kind, bool norm) {
+    int32_t pieces = 4 * groups * (wide / (8 * conv_piece(kind)));
+    return cluster == 1 ? 0 : (pieces + cluster - 1) / cluster * cluster * conv_part(kind, norm);
 }
 
 // Bytes of where each thread's rows of x lie for each of several taps.
@@ -116,6 +131,10 @@ constexpr int32_t conv_eights(int32_t rows) { return (rows + kConvEight - 1) / k
 inline void conv_extent(ConvPlan& plan) {
     ConvParams& p = plan.params;
     int32_t high = 64 * plan.groups, most_x = 0, most_second = 0;
+    if (p.call.cross) {  // no tile has rows of two images
+        p.x_boxes = 1, p.x_box = p.x_rows = conv_eights(std::min(high, p.rows / p.call.batch));
+        return;
+    }
     p.second_box = conv_eights(p.taps == 1 ? high : high + kConvEight - 1);
     for (int32_t row = 0; row < p.rows; row += high) {
         ConvRange range = conv_range(p, row, high);
@@ -130,6 +149,9 @@ inline void conv_extent(ConvPlan& plan) {
     if (p.taps > 1) p.x_rows += kConvEight;
 }
 
+// Whether x goes through a LayerNorm.
+inline bool conv_normed(const CannyConv& call) { return call.weight_sums || call.cross == 1; }
+
 // Whether a processor has at most one block of a kernel that is alone on the GPU.
 inline bool conv_few(const ConvPlan& plan) {
     return plan.tiles * plan.params.cluster <= kProcessors && !plan.params.call.beside;
@@ -140,9 +162,9 @@ inline bool conv_few(const ConvPlan& plan) {
 // while this one ends. False where what is least does not fit.
 inline bool conv_places(ConvPlan& plan) {
     ConvParams& p = plan.params;
-    bool norm = p.call.weight_sums;
+    bool norm = conv_normed(p.call);
     int32_t fixed = kConvAlign + plan.wide * (1 + norm) * int32_t(sizeof(float)) + conv_offsets(plan.groups, p.taps) +
-                    conv_parts(plan.groups, plan.wide, p.cluster, p.call.gate, norm);
+                    conv_parts(plan.groups, plan.wide, p.cluster, conv_kind(p.call), norm);
     int32_t x_bytes = p.x_rows * kConvRow, bytes = plan.wide * kConvRow, units = p.share + (p.rest > 0);
     int32_t most_places = std::clamp(units, 4, kConvPlaces);
     int32_t most_x = p.taps == 1 ? most_places : p.call.second_channels ? 3 : 2;  // the second map has one tap
@@ -179,9 +201,9 @@ inline void conv_spread(ConvPlan& plan) {
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
     constexpr double kClock = 1.755, kWeightsRate = 7388.;        // per ns: clocks, bytes from memory
-    constexpr double kOwn = 1.34, kShared = 2.42, kGate = 3.23;   // for the sums of a filter and 64 rows
+    constexpr double kOwn = 1.34, kShared = 2.42, kMore = 3.23;   // for the sums of a filter and 64 rows; gate or softmax
     constexpr int32_t kMany = 120;                                // blocks
-    bool norm = p.call.weight_sums != nullptr;
+    bool norm = conv_normed(p.call);
     int32_t together = conv_beside(plan), at_once = kClustersAtOnce[p.cluster - 1] * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
     double busy = together == 1 ? 1 : blocks > kMany ? 2.17 : 0;
@@ -195,10 +217,22 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     if (single > share) single = share;  // in the last block of a cluster
     double main = turns * ((share - single) * unit(p.taps) + single * unit(1));
     double readers = double(blocks) * plan.wide / 9416.;  // so many halves ahead keep the memory busy
-    double weights = double(p.units) * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
-    double sums = ((p.cluster == 1 ? kOwn : kShared) + (p.call.gate ? kGate : 0.)) * plan.groups * plan.wide * turns;
+    double texts = p.call.cross ? p.call.batch : 1.;
+    double weights = texts * p.units * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
+    double sums = ((p.cluster == 1 ? kOwn : kShared) + (p.call.gate || p.call.cross == 1 ? kMore : 0.)) * plan.groups * plan.wide * turns;
     double rest = 2332. + sums + 298. * (p.cluster - 1) + 4088. * (turns - 1);
     return int32_t((main > weights ? main : weights) + rest + (blocks >= kMany ? 276. : 0.));
+}
+
+// Whether a call without a cross-attention, or with one that there is a kernel for.
+inline bool conv_crosses(const CannyConv& call) {
+    if (!call.cross) return true;
+    if (call.cross < 1 || call.cross > 2 || call.size != 1 || call.stride != 1 || call.gate) return false;
+    if (call.weight_sums || call.second_channels || call.words < 1 || call.words > kConvWords) return false;
+    bool scores = call.cross == 1;
+    int32_t columns = scores ? call.filters : call.channels, channels = scores ? call.channels : call.filters;
+    if (columns % kConvWords || (scores && (call.residual || call.x_batch < 1 || call.batch % call.x_batch))) return false;
+    return call.text_pitch % 8 == 0 && call.text_pitch >= 2 * columns / kConvWords * channels + columns / kConvWords;
 }
 
 // The cut of a call; groups is 0 where its shape has no kernel.
@@ -213,6 +247,7 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     if (call.gate && (call.gate != 1 || call.size != 1 || call.residual)) return none;
     if (call.residual && (call.residual_batch < 1 || call.residual_batch > call.batch)) return none;
     if (call.cluster < 0 || call.cluster > kConvMostCluster) return none;
+    if (!conv_crosses(call)) return none;
     ConvParams p{call};
     p.out_height = (call.height + call.stride - 1) / call.stride;
     p.out_width = (call.width + call.stride - 1) / call.stride;
@@ -221,24 +256,31 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     p.x_units = p.taps * (call.channels / kConvDeep);
     p.units = p.x_units + call.second_channels / kConvDeep;
     if (p.rows > kConvMostRows) return none;
+    p.heads = (call.cross == 1 ? call.filters : call.channels) / kConvWords;
+    p.by_x_batch = call.cross == 1 ? conv_inverse(call.x_batch) : 0;
+    int32_t images = call.cross ? call.batch : 1, rows_each = p.rows / images;
     p.by_width = conv_inverse(p.out_width);
     p.by_height = conv_inverse(p.out_height);
     p.by_residual = call.residual ? conv_inverse(call.residual_batch * p.out_height * p.out_width) : 0;
     for (int32_t groups = 1; groups <= kConvMostGroups; groups++) {
         int32_t high = 64 * groups;
-        if (groups > 1 && high - 64 >= p.rows) break;
+        if (groups > 1 && high - 64 >= rows_each) break;
         if (call.high && call.high != high) continue;
         ConvPlan rows;
         rows.params = p;
         rows.groups = groups;
+        rows.params.tiles_each = (rows_each + high - 1) / high;
+        rows.params.by_tiles = conv_inverse(rows.params.tiles_each);
         conv_extent(rows);
         for (int32_t wide : kConvWidths) {
             if (call.filters % wide || (call.wide && call.wide != wide)) continue;
+            bool whole_heads = wide % kConvWords == 0;
+            if (whole_heads != (call.cross == 1) || (call.cross == 2 && wide > kConvNarrow)) continue;
             if ((wide > kConvNarrow && p.taps > 1) || wide > conv_widest(groups, call.weight_sums)) continue;
             if (call.gate && !conv_gates(groups, wide)) continue;
             ConvPlan plan = rows;
             plan.wide = wide;
-            plan.tiles = call.filters / wide * ((p.rows + high - 1) / high);
+            plan.tiles = call.filters / wide * rows.params.tiles_each * images;
             for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
                 if (call.cluster && call.cluster != cluster) continue;
                 plan.params.cluster = cluster;

@@ -39,18 +39,24 @@ __device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
     }
 }
 
-// kNorm: with a LayerNorm before it. kGate: 1 for a · GELU(b), else 0.
-template <int kGroups, int kWide, bool kNorm, int kGate>
+constexpr float kFar = -1e30f;  // below all scores
+
+// kNorm: with a LayerNorm before it. kKind: see ConvKind.
+template <int kGroups, int kWide, bool kNorm, int kKind>
 struct ConvTile {
     static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kWarps = 4 * kGroups, kConsumers = 32 * kWarps;
-    static constexpr int kSections = kWide / 32 >> kGate, kPieces = kSections * kWarps;
-    static constexpr bool kAsksEarly = kWide <= kConvNarrow;  // for residuals; wider tiles have no registers for it
+    static constexpr bool kScores = kKind == kConvScores, kValues = kKind == kConvValues, kCross = kScores || kValues;
+    static constexpr int kGate = kKind == kConvGate, kEights = conv_piece(kKind), kColumns = 8 * kEights >> kGate;
+    static constexpr int kSections = kWide / (8 * kEights), kPieces = kSections * kWarps;
+    // For residuals; wider tiles have no registers for it.
+    static constexpr bool kAsksEarly = kWide <= kConvNarrow && !kScores;
     static constexpr int kHeld = kAsksEarly ? kSections : 1;  // pieces of a warp whose residual is in registers
 
     const ConvParams& p;
     char* memory;
     float *constants, *parts;  // biases and sums of weights; what the blocks have of this one's pieces
-    int32_t first_row, first_filter, rank, warp, lane;
+    int32_t first_row, end_row, first_filter, rank, warp, lane;
+    int32_t image = 0;  // row of the batch, with a cross-attention
 
     __device__ __forceinline__ explicit ConvTile(const ConvParams& params) : p(params) {
         memory = shared_memory() + (0u - shared_address(shared_memory())) % kConvAlign;
@@ -58,6 +64,13 @@ struct ConvTile {
         warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         first_filter = blockIdx.y * kWide;
         first_row = blockIdx.z * kHigh;
+        end_row = p.rows;
+        if constexpr (kCross) {
+            image = conv_divide(blockIdx.z, p.by_tiles);
+            int32_t each = p.out_height * p.out_width;
+            first_row += image * (each - p.tiles_each * kHigh);
+            end_row = (image + 1) * each;
+        }
     }
 
     // Sums of x and x² of a thread's part of its two rows, lane / 4 and that plus 8 of its warp's.
@@ -93,9 +106,23 @@ struct ConvTile {
         for (int i = 0; i < Constants::kEach; i++) {
             int32_t at = threadIdx.x + i * kConsumers;
             if (at >= kWide) continue;
+            if constexpr (kScores) {
+                asked.bias[i] = of_word(at);
+                continue;
+            }
             asked.bias[i] = p.call.bias[first_filter + at];
             if constexpr (kNorm) asked.of_weights[i] = p.call.weight_sums[first_filter + at];
         }
+    }
+
+    // What a head's score of a word has by itself, for a column of the tile.
+    __device__ __forceinline__ float of_word(int32_t at) const {
+        const CannyConv& c = p.call;
+        int32_t head = at / kConvWords, word = at - head * kConvWords;
+        if (word >= c.words) return kFar;
+        head += first_filter / kConvWords;
+        int64_t line = int64_t(image * c.words + word) * c.text_pitch;
+        return to_float(static_cast<const __half*>(c.weight)[line + 2 * p.heads * c.channels + head]);
     }
 
     __device__ __forceinline__ void put_constants(const Constants& asked) const {
@@ -104,7 +131,7 @@ struct ConvTile {
             int32_t at = threadIdx.x + i * kConsumers;
             if (at >= kWide) continue;
             constants[at] = asked.bias[i];
-            if constexpr (kNorm) constants[kWide + at] = asked.of_weights[i];
+            if constexpr (kNorm && !kScores) constants[kWide + at] = asked.of_weights[i];
         }
     }
 
@@ -125,7 +152,7 @@ struct ConvTile {
 
     // Of the piece that is number `slot` of this block's.
     __device__ __forceinline__ Place place_of(int32_t slot) const {
-        int32_t piece = slot * p.cluster + rank, section = piece / kWarps * 32;
+        int32_t piece = slot * p.cluster + rank, section = piece / kWarps * kColumns;
         return {
             first_row + piece % kWarps * 16 + lane / 4, (first_filter >> kGate) + section + lane % 4 * 8,
             (section << kGate) + lane % 4 * 2
@@ -140,7 +167,7 @@ struct ConvTile {
         for (int i = 0; i < 2; i++) {
             int32_t row = to.row + 8 * i, lines = c.residual_batch * p.out_height * p.out_width;
             for (uint32_t& word : residual[i]) word = 0;
-            if (!c.residual || row >= p.rows || to.column >= (first_filter + kWide) >> kGate) continue;
+            if (!c.residual || row >= end_row || to.column >= (first_filter + kWide) >> kGate) continue;
             int64_t from = int64_t(row - conv_divide(row, p.by_residual) * lines) * c.filters + to.column;
             load_words(residual[i], static_cast<const __half*>(c.residual) + from);
         }
@@ -161,7 +188,7 @@ struct ConvTile {
         return make_float2(x + bias.x, y + bias.y);
     }
 
-    using Sums = float[4 << kGate][4];  // of a lane and a piece: two filters of each eight, in both rows
+    using Sums = float[kEights][4];  // of a lane and a piece: two filters of each eight, in both rows
 
     // Store a piece. A lane has two of every eight filters, and four lanes swap theirs, so that each has eight side by side,
     // and all of them 64 bytes.
@@ -192,8 +219,43 @@ struct ConvTile {
                 }
             }
             swap_words(words);
-            if (to.row + 8 * i < p.rows) store_words(words, y);
+            if (to.row + 8 * i < end_row) store_words(words, y);
             y += 8 * (p.call.filters >> kGate);
+            x = moments.x[1], squares = moments.squares[1];
+#pragma unroll
+            for (float(&four)[4] : sums) four[0] = four[2], four[1] = four[3];
+        }
+    }
+
+    // The softmax of a head's scores in 16 rows, of which four lanes have two words of each eight.
+    __device__ __forceinline__ void finish_scores(Sums& sums, const Moments& moments, const Place& to) const {
+        __half* y = static_cast<__half*>(p.call.y) + int64_t(to.row) * p.call.filters + to.column;
+        float x = moments.x[0], squares = moments.squares[0];
+#pragma unroll 1
+        for (int i = 0; i < 2; i++) {
+            float by = norm_of(x, squares).by, most = kFar, total = 0.f;
+#pragma unroll
+            for (int j = 0; j < kEights; j++) {
+                float2 of_words = *reinterpret_cast<const float2*>(constants + to.filter + 8 * j);
+                sums[j][0] = fmaf(sums[j][0], by, of_words.x), sums[j][1] = fmaf(sums[j][1], by, of_words.y);
+                most = fmaxf(most, fmaxf(sums[j][0], sums[j][1]));
+            }
+            for (int mask = 1; mask <= 2; mask *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
+#pragma unroll
+            for (int j = 0; j < kEights; j++)
+                for (int k = 0; k < 2; k++) total += sums[j][k] = exp2_fast(sums[j][k] - most);
+            for (int mask = 1; mask <= 2; mask *= 2) total += __shfl_xor_sync(0xffffffffu, total, mask);
+            total = reciprocal_fast(total);
+#pragma unroll
+            for (int first = 0; first < kEights; first += 4) {
+                uint32_t words[4] = {};
+#pragma unroll
+                for (int j = first; j < first + 4 && j < kEights; j++)
+                    words[j - first] = pack(sums[j][0] * total, sums[j][1] * total);
+                swap_words(words);
+                if (to.row + 8 * i < end_row && first + lane % 4 < kEights) store_words(words, y + 8 * first);
+            }
+            y += 8 * p.call.filters;
             x = moments.x[1], squares = moments.squares[1];
 #pragma unroll
             for (float(&four)[4] : sums) four[0] = four[2], four[1] = four[3];
@@ -202,7 +264,7 @@ struct ConvTile {
 
     // Floats of what a block has of a piece, for all lanes.
     template <bool kShared>
-    static constexpr int kPart = conv_part(kGate, kNorm && kShared) / int(sizeof(float));
+    static constexpr int kPart = conv_part(kKind, kNorm && kShared) / int(sizeof(float));
 
     // Write the sums, which are in registers, to where their pieces are finished. kShared: by several blocks; then the
     // moments, too.
@@ -220,12 +282,12 @@ struct ConvTile {
                     *reinterpret_cast<float4*>(place + j * 128) = float4{x, y, z, w};
             };
 #pragma unroll
-            for (int j = 0; j < 4 << kGate; j++) {
-                const float* four = sums + (t * (4 << kGate) + j) * 4;
+            for (int j = 0; j < kEights; j++) {
+                const float* four = sums + (t * kEights + j) * 4;
                 put(j, four[0], four[1], four[2], four[3]);
             }
             if constexpr (kNorm && kShared)
-                put(4 << kGate, moments.x[0], moments.squares[0], moments.x[1], moments.squares[1]);
+                put(kEights, moments.x[0], moments.squares[0], moments.x[1], moments.squares[1]);
         }
     }
 
@@ -236,22 +298,23 @@ struct ConvTile {
 #pragma unroll 1
         for (int32_t slot = warp; slot * p.cluster + rank < kPieces; slot += kWarps) {
             const Place to = place_of(slot);
-            if constexpr (!kAsksEarly) ask(residuals[0], to);
+            if constexpr (!kAsksEarly && !kScores) ask(residuals[0], to);
             const float4* part = reinterpret_cast<const float4*>(parts) + slot * p.cluster * fours + lane;
             Sums sums = {};
             if (kNorm && shared) moments = {};
 #pragma unroll 1
             for (int32_t other = 0; other < p.cluster; other++, part += fours) {
 #pragma unroll
-                for (int j = 0; j < 4 << kGate; j++) {
+                for (int j = 0; j < kEights; j++) {
                     float4 four = part[j * 32];
                     sums[j][0] += four.x, sums[j][1] += four.y, sums[j][2] += four.z, sums[j][3] += four.w;
                 }
                 if (!kNorm || !shared) continue;
-                float4 four = part[(4 << kGate) * 32];
+                float4 four = part[kEights * 32];
                 moments.x[0] += four.x, moments.squares[0] += four.y, moments.x[1] += four.z, moments.squares[1] += four.w;
             }
-            finish(sums, moments, to, residuals[0]);
+            if constexpr (kScores) finish_scores(sums, moments, to);
+            else finish(sums, moments, to, residuals[0]);
 #pragma unroll
             for (int i = 0; i + 1 < kHeld; i++)
                 for (int j = 0; j < 8; j++) residuals[i][j / 4][j % 4] = residuals[i + 1][j / 4][j % 4];
