@@ -133,7 +133,7 @@ def served(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
 
 def cuts(one: Conv, library: Any) -> Iterator[Conv]:
     """Every cut of a convolution that there is."""
-    for high, wide, cluster in product((64, 128), (64, 80, 128, 160, 192, 256), range(1, 9)):
+    for high, wide, cluster in product((64, 128, 192), (64, 80, 128, 160, 192, 256), range(1, 9)):
         forced = replace(one, high=high, wide=wide, cluster=cluster)
         if forced.plan(library):
             yield forced

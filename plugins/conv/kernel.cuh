@@ -302,7 +302,7 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kKind> {
     }
 };
 
-// Grid: blocks of a cluster, tiles of filters, tiles of rows.
+// Grid: blocks of a cluster, tiles of filters, tiles of rows; or the latter before the former.
 template <int kGroups, int kWide, bool kNorm, int kTaps, int kKind>
 __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kGroups, kWide))
     conv(const __grid_constant__ ConvWork work) {
@@ -356,6 +356,9 @@ __global__ void __launch_bounds__(conv_threads(kGroups, kWide), conv_together(kG
     }
 }
 
+template <int kNumber>
+using ConvInt = std::integral_constant<int, kNumber>;
+
 // Do a call with `launch(kernel, grid, cluster, threads, bytes of shared memory, params)`; false where its shape has no
 // kernel.
 template <typename Launch>
@@ -371,38 +374,38 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
     int32_t lines = call.batch * call.words, at_once = call.cross == 1 ? kConvWords : kConvStep;
     if (call.cross && !describe(work.second, call.weight, lines, call.text_pitch, at_once)) return false;
     int32_t across = call.filters / plan.wide, threads = conv_threads(plan.groups, plan.wide);
-    dim3 grid(p.cluster, across, plan.tiles / across);
+    int32_t along = plan.tiles / across;
+    dim3 grid(p.cluster, p.rows_beside ? along : across, p.rows_beside ? across : along);
     auto go = [&](auto kernel) { return launch(kernel, grid, p.cluster, threads, plan.bytes, work); };
-    auto cross = [&](auto groups) {
-        constexpr int kGroups = decltype(groups)::value;
-        if (plan.wide == kConvWords) return go(conv<kGroups, kConvWords, true, 1, kConvScores>);
-        if (plan.wide == 2 * kConvWords) return go(conv<kGroups, 2 * kConvWords, true, 1, kConvScores>);
-        return plan.wide == 64 ? go(conv<kGroups, 64, false, 1, kConvValues>)
-                               : go(conv<kGroups, 128, false, 1, kConvValues>);
+    auto of = [&](auto groups, auto wide, auto norm, auto gate) {
+        constexpr int kGroups = groups, kWide = wide, kGate = gate;
+        if constexpr (kWide > conv_widest(kGroups, norm) || (kGate && !conv_gates(kGroups, kWide))) {
+            return false;
+        } else {
+            if constexpr (!norm && !kGate && kWide <= kConvNarrow)
+                if (p.taps == 9) return go(conv<kGroups, kWide, false, 9, kConvPlain>);
+            return go(conv<kGroups, kWide, norm, 1, kGate ? kConvGate : kConvPlain>);
+        }
     };
-    auto cut = [&](auto groups, auto norm, auto gate) {
-        constexpr int kGroups = decltype(groups)::value, kGate = decltype(gate)::value;
-        constexpr bool kNorm = decltype(norm)::value;
-        if constexpr (!kNorm && !kGate)
-            if (p.taps == 9)
-                return plan.wide == 64 ? go(conv<kGroups, 64, false, 9, 0>) : go(conv<kGroups, 128, false, 9, 0>);
-        if constexpr (!kGate || conv_gates(kGroups, 64))
-            if (plan.wide == 64) return go(conv<kGroups, 64, kNorm, 1, kGate>);
-        if (plan.wide == 128) return go(conv<kGroups, 128, kNorm, 1, kGate>);
-        if (plan.wide == 192) return go(conv<kGroups, 192, kNorm, 1, kGate>);
-        if constexpr (conv_widest(kGroups, kNorm) >= 256)
-            if (plan.wide == 256) return go(conv<kGroups, 256, kNorm, 1, kGate>);
-        return false;
+    auto choose = [&](auto groups, auto wide) {
+        std::true_type yes;
+        std::false_type no;
+        if (call.weight_sums) return call.gate ? of(groups, wide, yes, yes) : of(groups, wide, yes, no);
+        return call.gate ? of(groups, wide, no, yes) : of(groups, wide, no, no);
     };
-    auto choose = [&](auto groups, auto norm) {
-        return call.gate ? cut(groups, norm, std::integral_constant<int, 1>{})
-                         : cut(groups, norm, std::integral_constant<int, 0>{});
+    auto cut = [&](auto groups) {
+        constexpr int kGroups = groups;
+        switch (plan.wide) {
+            case kConvWords: return go(conv<kGroups, kConvWords, true, 1, kConvScores>);
+            case 2 * kConvWords: return go(conv<kGroups, 2 * kConvWords, true, 1, kConvScores>);
+            case 64: return call.cross ? go(conv<kGroups, 64, false, 1, kConvValues>) : choose(groups, ConvInt<64>());
+            case 128: return call.cross ? go(conv<kGroups, 128, false, 1, kConvValues>) : choose(groups, ConvInt<128>());
+            case 192: return choose(groups, ConvInt<192>());
+            default: return choose(groups, ConvInt<256>());
+        }
     };
-    std::integral_constant<int, 1> one;
-    std::integral_constant<int, 2> two;
-    if (call.cross) return plan.groups == 1 ? cross(one) : cross(two);
-    if (call.weight_sums) return plan.groups == 1 ? choose(one, std::true_type{}) : choose(two, std::true_type{});
-    return plan.groups == 1 ? choose(one, std::false_type{}) : choose(two, std::false_type{});
+    if (plan.groups == 3) return choose(ConvInt<3>(), ConvInt<64>());
+    return plan.groups == 1 ? cut(ConvInt<1>()) : cut(ConvInt<2>());
 }
 
 }  // namespace canny

@@ -18,7 +18,7 @@ constexpr int kConvMostBox = 256;          // rows of a copy
 constexpr int kConvWarpgroup = 128;
 constexpr int kConvMostBytes = 227 << 10;  // of shared memory that a block may have
 constexpr int kConvHalfBytes = 113 << 10;  // and with another on its processor
-constexpr int kConvMostGroups = 2, kConvMostCluster = 8;
+constexpr int kConvMostGroups = 3, kConvMostCluster = 8;
 constexpr int32_t kConvPlaces = 6;         // most for weights
 constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
@@ -43,6 +43,7 @@ struct ConvParams {
     int32_t x_box, second_box, x_boxes, x_rows, x_places, places;
     // With cross: heads; tiles of rows of an image, and inverses of that and of x_batch.
     int32_t heads, tiles_each;
+    int32_t rows_beside;  // 1: tiles of rows begin side by side, else tiles of filters
     uint32_t by_tiles, by_x_batch;
 };
 
@@ -67,7 +68,9 @@ constexpr int32_t conv_threads(int32_t groups, int32_t wide) {
 constexpr int kConvMoreRegisters = 208, kConvFewRegisters = 88;
 
 // Filters of the widest tile that threads have registers for.
-constexpr int32_t conv_widest(int32_t groups, bool norm) { return groups == 2 && !norm ? 192 : 256; }
+constexpr int32_t conv_widest(int32_t groups, bool norm) {
+    return groups == 3 ? 64 : groups == 2 && !norm ? 192 : 256;
+}
 
 // Whether threads have registers for the gate.
 constexpr bool conv_gates(int32_t groups, int32_t wide) { return groups == 1 || wide > 64; }
@@ -196,32 +199,37 @@ inline void conv_spread(ConvPlan& plan) {
     if (conv_few(plan) && plan.bytes <= kConvHalfBytes) plan.bytes = kConvHalfBytes + 1024;
 }
 
-// What a cut takes, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 737 likely cuts of 64 shapes, so that it
-// chooses those that are 1.2% slower than the best, on average.
+// What a cut takes, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 1,280 likely cuts of 72 shapes, so that
+// it chooses those that are 0.8% slower than the best, on average. The longest of four counts: a block's products, shared
+// memory, what the second-level cache gives all blocks, and what memory gives that.
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
-    constexpr double kClock = 1.755, kWeightsRate = 7388.;        // per ns: clocks, bytes from memory
-    constexpr double kOwn = 1.34, kShared = 2.42, kMore = 3.23;   // for the sums of a filter and 64 rows; gate or softmax
-    constexpr int32_t kMany = 120;                                // blocks
+    constexpr double kClock = 1.755, kCacheRate = 9301., kMemoryRate = 3196.;  // per ns: clocks, bytes
+    constexpr double kOwn = 8.47, kShared = 7.65, kMore = 1.3;  // for the sums of a filter and 64 rows; gate or softmax
+    constexpr int32_t kMany = 120;                               // blocks
     bool norm = conv_normed(p.call);
     int32_t together = conv_beside(plan), at_once = kClustersAtOnce[p.cluster - 1] * together;
     int32_t blocks = plan.tiles * p.cluster, turns = (plan.tiles + at_once - 1) / at_once;
-    double busy = together == 1 ? 1 : blocks > kMany ? 2.17 : 0;
+    bool crowded = together > 1 && blocks > kMany;
     // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
     auto unit = [&](int32_t taps) {
-        double shared = plan.groups * (plan.wide + 27.6 / taps) + plan.wide;
-        double busy_with = 1.99 * busy * shared / kClock, alone = 106.7 + 82.3 * plan.groups + (taps == 1 ? 15.1 : 0.);
-        return (busy_with > alone ? busy_with : alone) + (norm ? 157.1 : 0.);
+        double busy = crowded ? (taps == 1 ? 2.84 : 2.) : 1.;
+        double shared = 1.82 * busy * (plan.groups * (plan.wide + 21.2 / taps) + plan.wide) / kClock;
+        return std::max(shared, 216.1 + 26.9 * plan.groups) + (norm ? 105.3 : 0.);
     };
-    int32_t share = (p.units + p.cluster - 1) / p.cluster, single = p.units - p.x_units;  // the second map's
-    if (single > share) single = share;  // in the last block of a cluster
-    double main = turns * ((share - single) * unit(p.taps) + single * unit(1));
-    double readers = double(blocks) * plan.wide / 9416.;  // so many halves ahead keep the memory busy
+    int32_t share = (p.units + p.cluster - 1) / p.cluster;
+    int32_t single = std::min(p.units - p.x_units, share);  // the second map's, in the last block of a cluster
+    double products = turns * ((share - single) * unit(p.taps) + single * unit(1));
+    double high = 64 * plan.groups, of_x = (high + (p.taps > 1 ? 2 * p.call.width + 2 : 0)) * kConvRow / p.taps;
+    double read = p.units * double(plan.wide * kConvRow) + (p.units - single) * of_x + single * high * kConvRow;
+    double cache = p.rows_beside ? plan.tiles * read / kCacheRate : 0.;
     double texts = p.call.cross ? p.call.batch : 1.;
-    double weights = texts * p.units * p.call.filters * kConvDeep * 2 / kWeightsRate / (readers < 1 ? readers : 1.);
-    double sums = ((p.cluster == 1 ? kOwn : kShared) + (p.call.gate || p.call.cross == 1 ? kMore : 0.)) * plan.groups * plan.wide * turns;
-    double rest = 2332. + sums + 298. * (p.cluster - 1) + 4088. * (turns - 1);
-    return int32_t((main > weights ? main : weights) + rest + (blocks >= kMany ? 276. : 0.));
+    double readers = std::min(blocks * plan.wide / 5762., 1.);  // so many bytes ahead keep the memory busy
+    double memory = texts * p.units * p.call.filters * kConvRow / kMemoryRate / readers;
+    double sums = ((p.cluster == 1 ? kOwn : kShared) + (p.call.gate || p.call.cross == 1 ? kMore : 0.)) * plan.groups *
+                  plan.wide * turns;
+    double rest = 1651. + sums + 333. * (p.cluster - 1) + 2512. * (turns - 1) + (blocks >= kMany ? 183. : 0.);
+    return int32_t(std::max({products, cache, memory}) + rest);
 }
 
 // Whether a call without a cross-attention, or with one that there is a kernel for.
@@ -274,12 +282,13 @@ inline ConvPlan conv_plan(const CannyConv& call) {
         conv_extent(rows);
         for (int32_t wide : kConvWidths) {
             if (call.filters % wide || (call.wide && call.wide != wide)) continue;
-            bool whole_heads = wide % kConvWords == 0;
-            if (whole_heads != (call.cross == 1) || (call.cross == 2 && wide > kConvNarrow)) continue;
+            bool whole_heads = wide % kConvWords == 0, wanted = whole_heads == (call.cross == 1);
+            if (!wanted || (call.cross && groups > 2) || (call.cross == 2 && wide > kConvNarrow)) continue;
             if ((wide > kConvNarrow && p.taps > 1) || wide > conv_widest(groups, call.weight_sums)) continue;
             if (call.gate && !conv_gates(groups, wide)) continue;
             ConvPlan plan = rows;
             plan.wide = wide;
+            plan.params.rows_beside = p.taps * wide > high;
             plan.tiles = call.filters / wide * rows.params.tiles_each * images;
             for (int32_t cluster = 1; cluster <= kConvMostCluster && cluster <= p.units; cluster++) {
                 if (call.cluster && call.cluster != cluster) continue;

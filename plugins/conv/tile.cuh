@@ -62,11 +62,12 @@ struct ConvTile {
         memory = shared_memory() + (0u - shared_address(shared_memory())) % kConvAlign;
         rank = blockIdx.x;
         warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        first_filter = blockIdx.y * kWide;
-        first_row = blockIdx.z * kHigh;
+        const int32_t of_rows = p.rows_beside ? blockIdx.y : blockIdx.z;
+        first_filter = (p.rows_beside ? blockIdx.z : blockIdx.y) * kWide;
+        first_row = of_rows * kHigh;
         end_row = p.rows;
         if constexpr (kCross) {
-            image = conv_divide(blockIdx.z, p.by_tiles);
+            image = conv_divide(of_rows, p.by_tiles);
             int32_t each = p.out_height * p.out_width;
             first_row += image * (each - p.tiles_each * kHigh);
             end_row = (image + 1) * each;
