@@ -20,6 +20,7 @@ from runtime.tokenizer import END, START
 from trt_builder.build import TIMINGS
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour
+from trt_builder.text import cross_attentions
 
 if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
@@ -79,8 +80,8 @@ def input_shapes(stage: str, config: ModelConfig, shape: Shape) -> dict[str, tup
         shapes |= {"scales": (len(maps) + 1, b), "guidance": (1,), "coefficients": (4,)}
         shapes |= dict.fromkeys(["noise", "e1", "e2"] + ["difference"] * (rows < b), x["x"])
     shapes |= {f"row{i}": (1, layer.out_channels) for i, layer in enumerate(config.rows(base))}
-    for i, (_, channels) in enumerate(config.attentions(base)):
-        shapes |= {f"{kind}{i}": (rows, config.clip.max_length, channels) for kind in "kv"}
+    for i, one in enumerate(cross_attentions(config, base)):
+        shapes |= {f"{kind}{i}": (rows, config.clip.max_length, one.channels) for kind in "kv"}
     return shapes
 
 
