@@ -214,7 +214,7 @@ def facts(options: argparse.Namespace) -> Manifest:
         with ERRORS.status(f"reading {path}"):
             weights, digest = str(path), file_sha256(path)
     sizes = {"height": shape.height, "width": shape.width, "samples": shape.samples, "steps": shape.steps}
-    return Manifest(model, "", "", None, None, [], weights, digest, sizes, {"precision": "fp16"})
+    return Manifest(model, "", "", None, None, [], weights, digest, sizes, verifying.FOLDED.as_dict())
 
 
 def switches(options: argparse.Namespace, flavour: Flavour, capability: str | None) -> Options:
