@@ -63,8 +63,8 @@ class PipelineOptions:
 
 
 def buffer_name(stage: str, tensor: str) -> str:
-    """The buffer that a stage's input or output lies in: K and V of each consumer are named as `clip` names them."""
-    return f"{stage.removesuffix('_cond')}.{tensor}" if re.fullmatch(r"[kv]\d+", tensor) else tensor
+    """The buffer that a stage's input or output lies in: what is made of the text is named as `clip` names it."""
+    return f"{stage.removesuffix('_cond')}.{tensor}" if re.fullmatch(r"(k|v|text)\d+", tensor) else tensor
 
 
 def per_step(stage: str, tensor: str) -> bool:
@@ -93,7 +93,7 @@ class Session:
         self.plans: dict[str, Plan] = {}
         self.steps: Recent[tuple[Evaluation, ...], Steps] = Recent(options.schedules)
         self.captures = 0
-        self._text: bytes | None = None  # the tokens whose K and V are on the GPU
+        self._text: bytes | None = None  # the tokens of the text that is on the GPU
         self.resources = Resources()
         try:
             self.main, self.side = self.resources.stream(), self.resources.stream()

@@ -1,5 +1,6 @@
 """Our plugins spelt out in TensorRT's own layers, to evaluate networks with them where no plugin can be loaded."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,20 @@ import pytest
 import tensorrt_rtx as trt
 
 from plugins import load as loading
-from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM, UPDATE
+from plugins.load import (
+    ADD,
+    ATTENTION,
+    CONV,
+    CROSS,
+    CROSS_WORDS,
+    GEGLU,
+    GROUP_NORM,
+    JOIN,
+    JOIN_NORM,
+    LAYER_NORM,
+    UPDATE,
+)
+from trt_builder import plugin_layers, text
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.plugin_layers import conv_wins
@@ -32,6 +46,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     # The small model's channels are multiples of 32 only; the stand-in needs no half precision.
     monkeypatch.setattr(loading, "CONV_MULTIPLE", 32)
     monkeypatch.setattr(Flavour, "has_conv_plugin", has_conv)
+    for module in (plugin_layers, text):
+        monkeypatch.setattr(module, "cross_fits", cross_fits)
     monkeypatch.setattr(Flavour, "add_own", add_own)
     return added
 
@@ -51,6 +67,12 @@ def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: An
     served = rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
     beside = not second or (stride == 1 and not second % 32)
     return options.conv == "own" and served and beside and conv_wins(rows, weight)
+
+
+def cross_fits(shape: Any, heads: int, words: int, options: Options) -> bool:
+    """What `plugin_layers.cross_fits` says, for smaller maps, channels and heads."""
+    batch, channels, h, w = shape
+    return options.cross_attention == "folded" and batch * h * w <= 128 and not channels % 32 and words <= CROSS_WORDS
 
 
 def out(layer: Any) -> Any:
@@ -250,7 +272,57 @@ def normalised(network: Any, x: Any, y: Any, weight_sums: Any, bias: Any, epsilo
     return network.add_elementwise(scaled, shift, ELEMENT.SUM)
 
 
+def cross(network: Any, x: Any, text: Any, *rest: Any, values: int, heads: int, beside: int, epsilon: float) -> Any:
+    """Either half of a cross-attention over a text that is multiplied out; the mean of x is not taken away here."""
+    batch, columns, _, words = text.shape
+    channels = (columns - loading.CONV_MULTIPLE) // heads // 2
+    h, w = x.shape[2:]
+
+    def one(what: str, a: Any, b: Any) -> Any:
+        return out(network.add_elementwise(a, b, getattr(ELEMENT, what)))
+
+    def number(value: float, *shape: int) -> Any:
+        HELD.append(np.full(shape, value, np.float32))
+        return out(network.add_constant(shape, HELD[-1]))
+
+    def repeated(a: Any) -> Any:
+        layer = network.add_concatenation([a] * (batch // a.shape[0]))
+        layer.axis = 0
+        return out(layer)
+
+    def of_text(begin: int, count: int) -> Any:
+        """Columns of the text, by head: (B, heads, count, words)."""
+        cut = out(network.add_slice(text, (0, begin, 0, 0), (batch, heads * count, 1, words), (1, 1, 1, 1)))
+        return out(shuffled(network, cut, shape=(batch, heads, count, words)))
+
+    if values:
+        bias, residual = rest
+        assert x.shape[1] == heads * CROSS_WORDS
+        x = out(shuffled(network, x, shape=(batch, heads, CROSS_WORDS, h * w)))
+        x = out(network.add_slice(x, (0, 0, 0, 0), (batch, heads, words, h * w), (1, 1, 1, 1)))
+        y = out(network.add_matrix_multiply(of_text(heads * channels, channels), MATRIX.NONE, x, MATRIX.NONE))
+        y = out(network.add_reduce(y, trt.ReduceOperation.SUM, 1 << 1, False))
+        y = out(shuffled(network, y, shape=(batch, channels, h, w)))
+        y = one("SUM", y, out(shuffled(network, bias, shape=(1, channels, 1, 1))))
+        return network.add_elementwise(y, repeated(residual), ELEMENT.SUM)
+    assert not rest and x.shape[1] == channels
+    mean = out(network.add_reduce(x, trt.ReduceOperation.AVG, 1 << 1, True))
+    centred = one("SUB", x, mean)
+    variance = out(network.add_reduce(one("PROD", centred, centred), trt.ReduceOperation.AVG, 1 << 1, True))
+    deviation = network.add_unary(one("SUM", variance, number(epsilon, 1, 1, 1, 1)), trt.UnaryOperation.SQRT)
+    scaled = repeated(one("DIV", x, out(deviation)))
+    scaled = out(shuffled(network, scaled, (0, 2, 3, 1), (batch, 1, h * w, channels)))
+    scores = out(network.add_matrix_multiply(scaled, MATRIX.NONE, of_text(0, channels), MATRIX.NONE))
+    scores = one("SUM", scores, of_text(2 * heads * channels, 1))
+    softmax = network.add_softmax(one("PROD", scores, number(math.log(2), 1, 1, 1, 1)))
+    softmax.axes = 1 << 3
+    padded = network.add_concatenation([out(softmax), number(0, batch, heads, h * w, CROSS_WORDS - words)])
+    padded.axis = 3
+    by_word = out(shuffled(network, out(padded), (0, 1, 3, 2)))
+    return shuffled(network, by_word, shape=(batch, heads * CROSS_WORDS, h, w))
+
+
 MAKE: dict[str, Any] = {
     ADD: add, JOIN: join, JOIN_NORM: join_norm, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm,
-    GEGLU: geglu, ATTENTION: attention, UPDATE: update,
+    GEGLU: geglu, ATTENTION: attention, UPDATE: update, CROSS: cross,
 }  # fmt: skip

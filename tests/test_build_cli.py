@@ -28,6 +28,7 @@ from trt_builder.flavour import get_flavour  # noqa: E402
 from trt_builder.inspect import read_report  # noqa: E402
 from trt_builder.random_weights import write_random_weights  # noqa: E402
 from trt_builder.stages import STAGES, USUAL  # noqa: E402
+from trt_builder.text import cross_attentions  # noqa: E402
 from trt_builder.verify import input_shapes  # noqa: E402
 from trt_builder.weights import expected_shapes  # noqa: E402
 
@@ -112,13 +113,14 @@ def test_every_switch_and_the_definition_change_the_key(engines, monkeypatch):
     for change in ({"attention": "plain"}, {"qkv": "apart"}, {"shared_prefix": False}, {"precision": "fp32"}):
         keys.add(building.stage_key(dataclasses.replace(request, options=cli.Options(**change)), "control"))
     own = {"attention": "own", "conv": "own"}
-    for change in (own, own | {"layer_norm": "folded"}):
+    folded = own | {"layer_norm": "folded"}
+    for change in (own, folded, folded | {"cross_attention": "folded"}):
         keys.add(building.stage_key(dataclasses.replace(request, options=cli.Options(**change)), "control"))
     for change in ({"version": "9"}, {"flavour": "x"}, {"targets": ["sm86"]}, {"weights_sha256": "0"}, {"gpu": "x"}):
         changed = dataclasses.replace(manifest, **change)
         keys.add(building.stage_key(dataclasses.replace(request, manifest=changed), "control"))
     monkeypatch.setattr(building, "definition_sha", lambda: "other sources")
-    assert len(keys | {building.stage_key(request, "control")}) == 13
+    assert len(keys | {building.stage_key(request, "control")}) == 14
 
 
 def test_a_changed_plan_is_built_again(run, tmp_path):
@@ -259,7 +261,7 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
     def chosen(capability, *asked):
         made = cli.switches(cli.parser().parse_args(["build", *asked]), flavour, capability)
         folds = made.attention == made.conv == "own" and "apart" not in asked
-        assert made.layer_norm == ("folded" if folds else "apart")
+        assert made.layer_norm == made.cross_attention == ("folded" if folds else "apart")
         return made.attention, made.residual, made.group_norm, made.conv
 
     assert chosen("9.0") == ("own",) * 4 and chosen("8.6") == ("own", "own", "own", "builtin")
@@ -267,6 +269,10 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
         assert chosen("9.0", "--layer-norm", layer_norm) == ("own",) * 4
     with pytest.raises(ValueError, match="layer_norm is 'folded'"):
         chosen("8.6", "--layer-norm", "folded")
+    made = cli.switches(cli.parser().parse_args(["build", "--cross-attention", "apart"]), flavour, "9.0")
+    assert (made.layer_norm, made.cross_attention) == ("folded", "apart")
+    with pytest.raises(ValueError, match="cross_attention is 'folded', but must be 'apart' unless layer_norm is, too"):
+        chosen("9.0", "--layer-norm", "apart", "--cross-attention", "folded")
     assert chosen("9.0", "--attention", "plain", "--conv", "builtin") == ("plain", "own", "own", "builtin")
     assert chosen("8.9") == ("fused", "fused", "auto", "builtin") and chosen("8.9", "--conv", "own")[-1] == "own"
     assert not dataclasses.replace(flavour, strongly_typed=True).plugins_win("fp16", "9.0")
@@ -310,6 +316,7 @@ def test_bad_input_is_refused_in_one_sentence(run, tmp_path):
     refused(run("build", *TINY, "--precision", "fp8"), "fp8")
     refused(run("build", *TINY, "--frob"), "--frob")
     refused(run("build", *TINY, "--layer-norm", "folded"), "'folded'", "unless attention and conv are 'own'")
+    refused(run("build", *TINY, "--cross-attention", "folded"), "'folded'", "unless layer_norm is, too")
     refused(run("inspect", tmp_path / "nowhere"), "holds no engines")
     refused(run("verify"), "engine folder")
     assert not list(tmp_path.iterdir())
@@ -368,7 +375,7 @@ def test_inspect_without_a_gpu_shows_what_the_build_wrote_down(run, engines, mon
     assert status == 0 and "NVIDIA GPU only" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) > 1}
     assert set(USUAL) <= set(rows)
-    attentions = 2 * len(ModelConfig.load("tiny").attentions("control"))  # self and cross
+    attentions = 2 * len(cross_attentions(ModelConfig.load("tiny"), "control"))  # self and cross
     assert rows["control"][3:5] == [str(attentions), str(attentions)]  # in the network, and fused
     assert "residual0…" in out and "half HWC8" in out
     status, out, _ = run("inspect", engines, "--stage", "control")

@@ -152,6 +152,14 @@ def test_an_attention_of_our_plugin_is_one_kernel():
     assert [x.kind for x in layers] == ["CannyAttention", "GroupNorm"]
 
 
+def test_the_two_launches_over_a_text_that_is_multiplied_out_are_one_attention():
+    names = ("a/attn2:weights", "a/attn2/to_out.0")
+    nodes = [Node(name, "PLUGIN_V2", "CannyCross", [], []) for name in names]
+    layers = [Layer(n.name, "PluginV2", plugin=n.plugin) for n in nodes]
+    report = Report([], [], layers, attentions(nodes, layers))
+    assert counts(report) == (1, 1, 0, 0) and [x.kind for x in layers] == ["CannyCross"] * 2
+
+
 def test_the_newer_interface_of_plugins_tells_their_type():
     plugin = SimpleNamespace(get_capability_interface=lambda which: SimpleNamespace(plugin_name=f"{which} name"))
     newer = type("IPluginV3Layer", (BareLayer,), {"plugin": plugin})

@@ -76,13 +76,14 @@ def test_the_command_that_it_advises_builds_the_same(folder):
     )
     edit(folder, lambda c: c.update(targets=["sm86", "sm89"], weights="my weights.safetensors"))
     edit(folder, lambda c: c["options"].update(attention="plain", qkv="joined", shared_prefix=False))
-    edit(folder, lambda c: c["options"].update(layer_norm="folded"))
-    assert "--attention plain --layer-norm folded" in Manifest.load(folder).command()
-    edit(folder, lambda c: c["options"].update(layer_norm="apart"))
+    edit(folder, lambda c: c["options"].update(layer_norm="folded", cross_attention="folded"))
+    assert "--attention plain --layer-norm folded --cross-attention folded" in Manifest.load(folder).command()
+    edit(folder, lambda c: c["options"].update(layer_norm="apart", cross_attention="apart"))
     edit(folder, lambda c: c["shape"].update(steps=10))
     words = Manifest.load(folder).command()
     assert "--target sm86,sm89 --weights 'my weights.safetensors'" in words and "--qkv" not in words
-    assert "--steps 10 --precision fp16 --attention plain --layer-norm apart --no-shared-prefix" in words
+    assert "--steps 10 --precision fp16 --attention plain --layer-norm apart --cross-attention apart" in words
+    assert " --cross-attention apart --no-shared-prefix" in words
 
 
 def test_a_plan_that_the_manifest_does_not_list_is_refused(folder):

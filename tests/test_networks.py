@@ -148,22 +148,26 @@ def error(result: Tensor, expected: Tensor) -> float:
     return float(difference.norm() / expected.double().norm())
 
 
-def errors(stage: str, defined: Defined, name: str = "tiny", shape: Shape = SMALL) -> dict[str, float]:
-    """The relative error of each output, the network's against the twin's."""
-    inputs, expected = cases(name, shape)[stage]
+def errors(stage: str, defined: Defined) -> dict[str, float]:
+    """The relative error of each output of the small model's network against the twin's."""
+    inputs, expected = cases("tiny", SMALL)[stage]
     result = evaluate(defined.network, inputs)
     return {key: error(result[key], expected[key]) for key in expected}
 
 
-def check(stage: str, name: str, shape: Shape, options: Options, tolerance: float = TOLERANCE) -> None:
-    """Names, order, shapes and types of the outputs, and their values."""
-    _, expected = cases(name, shape)[stage]
+def check(
+    stage: str, name: str, shape: Shape, options: Options, tolerance: float = TOLERANCE,
+    case: tuple[Tensors, Tensors] | None = None,
+) -> None:  # fmt: skip
+    """Names, order, shapes and types of the outputs, and their values; of this case, or of the stage's."""
+    inputs, expected = case or cases(name, shape)[stage]
     defined = Defined(stage, name, shape, options, arrays(name))
     floats = {torch.float32: {"FLOAT"} | ({"HALF"} if options.precision == "fp16" else set()), torch.uint8: {"UINT8"}}
     assert [o.name for o in defined.outputs] == list(expected)
     assert [tuple(o.shape) for o in defined.outputs] == [tuple(v.shape) for v in expected.values()]
     assert all(o.dtype.name in floats[expected[o.name].dtype] for o in defined.outputs)
-    found = errors(stage, defined, name, shape)
+    result = evaluate(defined.network, inputs)
+    found = {key: error(result[key], expected[key]) for key in expected}
     assert max(found.values()) < tolerance, found
 
 

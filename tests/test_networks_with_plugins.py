@@ -10,12 +10,15 @@ import pytest
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed: no network can be defined")
 
 import plugin_stand_ins  # noqa: E402
-from test_networks import SMALL, Defined, arrays, check  # noqa: E402
+from test_networks import SMALL, Defined, Tensors, arrays, cases, check, model  # noqa: E402
 
-from plugins.load import fold_norm  # noqa: E402
-from trt_builder.config import Options, Shape  # noqa: E402
-from trt_builder.flavour import get_flavour  # noqa: E402
+from cldm.text import text_map, transformer_blocks  # noqa: E402
+from plugins import load as loading  # noqa: E402
+from plugins.load import fold_norm, text_columns  # noqa: E402
+from trt_builder.config import ModelConfig, Options, Shape  # noqa: E402
+from trt_builder.flavour import Flavour, get_flavour  # noqa: E402
 from trt_builder.layers import Net  # noqa: E402
+from trt_builder.text import folded_texts  # noqa: E402
 from trt_builder.unet import one_after_the_other  # noqa: E402
 from trt_builder.weights import Weights  # noqa: E402
 
@@ -109,6 +112,62 @@ def test_layer_norms_in_our_convolutions(monkeypatch: pytest.MonkeyPatch, stage:
     check(stage, "tiny", shape, Options("fp32", attention="own", qkv=qkv, conv="own", layer_norm="folded"))
     norms, all_of_them = added.count("CannyLayerNorm"), 3 * added.count("CannyAttention") // 2
     assert norms == 0 if shape == SMALL else 0 < norms < all_of_them
+
+
+FOLDED = Options("fp32", attention="own", conv="own", layer_norm="folded", cross_attention="folded")
+
+
+def with_texts(stage: str, shape: Shape) -> tuple[Tensors, Tensors]:
+    """A stage's case with the texts that are multiplied out in place of their K and V."""
+    folded = folded_texts(stage, ModelConfig.load("tiny"), shape, FOLDED)
+    places = {name.replace("text", "k"): (name, name.replace("text", "v"), *place) for name, place in folded.items()}
+    values = {v for _, v, *_ in places.values()}
+
+    def replaced(tensors: Tensors) -> Tensors:
+        made = {}
+        for name, tensor in tensors.items():
+            if name in places:
+                text, v, consumer, i = places[name]
+                block = transformer_blocks(model("tiny"), consumer)[i]
+                columns = text_columns(block.attn2.heads, tensor.shape[2])
+                made[text] = text_map(block, tensor, tensors[v], columns).detach()
+            elif name not in values:
+                made[name] = tensor
+        return made
+
+    inputs, expected = cases("tiny", shape)[stage]
+    return replaced(inputs), replaced(expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [SMALL, Shape(64, 64, samples=3), Shape(64, 128)], ids=["64", "64 and 3 samples", "128"]
+)
+@pytest.mark.parametrize(
+    "stage",
+    ["control", "unet_encoder", "unet_decoder", "control_cond", "unet_encoder_cond", "unet_decoder_cond"],
+)
+def test_texts_that_are_multiplied_out(monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape) -> None:
+    """Two launches a cross-attention where the map is small enough for our plugins; elsewhere it is as it was."""
+    added = plugin_stand_ins.use(monkeypatch)
+    check(stage, "tiny", shape, FOLDED, case=with_texts(stage, shape))
+    folded = len(folded_texts(stage, ModelConfig.load("tiny"), shape, FOLDED))
+    blocks = added.count("CannyCross") // 2 + (added.count("CannyAttention") - folded) // 2
+    assert added.count("CannyCross") == 2 * folded and added.count("CannyAttention") == 2 * blocks - folded
+    assert folded == blocks if shape == SMALL else 0 < folded < blocks
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "builtin"])
+@pytest.mark.parametrize("shape", [SMALL, Shape(64, 64, samples=3), Shape(64, 128)], ids=str)
+def test_clip_multiplies_texts_out(monkeypatch: pytest.MonkeyPatch, shape: Shape, own: bool) -> None:
+    """By our convolution or TensorRT's, of the context as one map for all."""
+    added = plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setattr(loading, "CONV_MULTIPLE", 8)  # the small model's context has 40 channels
+    monkeypatch.setattr(Flavour, "has_conv_plugin", lambda self, shape, weight, stride, options, second=0: own)
+    check("clip", "tiny", shape, FOLDED, case=with_texts("clip", shape))
+    folded = folded_texts("clip", ModelConfig.load("tiny"), shape, FOLDED)
+    assert folded and added == ["CannyConv"] * len(folded) * own
+    names = [layer.name for layer in Defined("clip", "tiny", shape, FOLDED, arrays("tiny")).layers]
+    assert sum(name.endswith("context_to_map") for name in names) == 1
 
 
 def test_attention_of_our_plugins_with_q_k_and_v_apart(monkeypatch: pytest.MonkeyPatch) -> None:

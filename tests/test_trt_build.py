@@ -15,6 +15,7 @@ import pytest
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
 from trt_builder.stages import STAGES, define
+from trt_builder.text import cross_attentions
 from trt_builder.weights import Weights, WeightsError, expected_shapes
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13")
@@ -158,7 +159,7 @@ def test_switches_change_what_they_say(bench: Bench) -> None:
         return bench.network("unet_encoder", WIDE, Options(**options))
 
     usual = built()
-    attentions = 2 * len(bench.config.attentions("unet_encoder"))
+    attentions = 2 * len(cross_attentions(bench.config, "unet_encoder"))
     assert count(usual, "ATTENTION_INPUT") == attentions
     assert count(built(attention="plain"), "SOFTMAX") == attentions
     # Apart, each self-attention has three products instead of one, and needs no three slices.

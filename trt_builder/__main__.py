@@ -84,6 +84,7 @@ def parser() -> Parser:
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
     add("--layer-norm", choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
+    add("--cross-attention", choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser(
@@ -213,23 +214,23 @@ def facts(options: argparse.Namespace) -> Manifest:
         with ERRORS.status(f"reading {path}"):
             weights, digest = str(path), file_sha256(path)
     sizes = {"height": shape.height, "width": shape.width, "samples": shape.samples, "steps": shape.steps}
-    return Manifest(model, "", "", None, None, [], weights, digest, sizes, {"precision": "fp16"})
+    return Manifest(model, "", "", None, None, [], weights, digest, sizes, verifying.FOLDED.as_dict())
 
 
 def switches(options: argparse.Namespace, flavour: Flavour, capability: str | None) -> Options:
     """How the networks are defined; what is "auto" is our plugin where it wins."""
     own = flavour.plugins_win(options.precision, capability)
 
-    def usual(asked: Any, otherwise: Any, own: bool = own) -> Any:
-        return ("own" if own else otherwise) if asked == "auto" else asked
+    def usual(asked: Any, otherwise: Any, wins: bool = own, ours: str = "own") -> Any:
+        return (ours if wins else otherwise) if asked == "auto" else asked
 
     attention = usual(options.attention, "fused")
     conv = usual(options.conv, "builtin", own and capability == CONV_CAPABILITY)
-    folds = attention == conv == "own"
+    layer_norm = usual(options.layer_norm, "apart", attention == conv == "own", "folded")
     return Options(
-        options.precision, attention, options.qkv, not options.no_shared_prefix,
-        options.boundary, usual(options.residual, "fused"), usual(options.group_norm, "auto"),
-        conv, ("folded" if folds else "apart") if options.layer_norm == "auto" else options.layer_norm,
+        options.precision, attention, options.qkv, not options.no_shared_prefix, options.boundary,
+        usual(options.residual, "fused"), usual(options.group_norm, "auto"), conv, layer_norm,
+        layer_norm if options.cross_attention == "auto" else options.cross_attention,
     )  # fmt: skip
 
 
@@ -299,8 +300,7 @@ def inspect(options: argparse.Namespace) -> int:
         here = gpu()
         save_profile(options.json, manifest, here.name if here else "", timed)
     for stage in stages if options.stage or options.bindings else []:
-        report = reports[stage]
-        if report is not None:
+        if (report := reports[stage]) is not None:
             console.print(tensors_text(stage, report), markup=False, soft_wrap=True)
     if options.stage:
         report = reports[options.stage]

@@ -16,12 +16,14 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
+from plugins.load import text_columns
 from runtime.manifest import EngineError, Manifest, StagePlan, write_whole
 from runtime.steps import COND
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour
 from trt_builder.inspect import report_path, write_report
 from trt_builder.stages import define
+from trt_builder.text import cross_attentions
 from trt_builder.weights import Weights, expected_shapes
 
 THREAD = "tensorrt-build"
@@ -259,6 +261,9 @@ def check_space(request: Request, stages: list[str]) -> None:
                 for side in shape:
                     count *= side
                 needed += count * size * 5 // 4
+        if stage == "clip" and request.options.cross_attention == "folded":
+            for one in (one for name in request.config.consumers() for one in cross_attentions(request.config, name)):
+                needed += text_columns(one.heads, one.channels) * request.config.unet.context_dim * size * 5 // 4
     free = shutil.disk_usage(request.manifest.folder).free
     if stages and free < needed:
         raise BuildError(

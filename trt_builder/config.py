@@ -188,17 +188,6 @@ class ModelConfig:
         """The ResBlocks of a stage, one per time row, in the order in which they run."""
         return [layer for block in self.consumers()[stage] for layer in block if layer.kind == "res"]
 
-    def attentions(self, stage: str) -> list[tuple[str, int]]:
-        """Prefix and channels of a stage's cross-attentions, one per K and V, in the order in which they run."""
-        depth = (self.control if stage == "control" else self.unet).transformer_depth
-        return [
-            (f"{layer.prefix}.transformer_blocks.{i}.attn2", layer.channels)
-            for block in self.consumers()[stage]
-            for layer in block
-            if layer.kind == "transformer"
-            for i in range(depth)
-        ]
-
 
 # The yaml's nodes. A node names its class by the last component of `target`; each class below takes that node's
 # parameters, less those that concern training or choose what this project always does.
@@ -364,6 +353,8 @@ class Options:
     conv: convolutions of small maps by TensorRT ("builtin"), or by the plugin of plugins/ where it was measured to win
         ("own"; compute capability 9.0), which adds their residuals and makes the gate of GEGLU.
     layer_norm: "apart", or "folded" into the linear layers behind it where these all are convolutions of ours.
+    cross_attention: "apart", over K and V of the text, or "folded": the stage `clip` multiplies the text by all linear
+        layers around it, where our plugins do the rest in two launches.
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"
@@ -375,6 +366,7 @@ class Options:
     group_norm: Literal["auto", "own", "builtin", "native"] = "auto"
     conv: Literal["builtin", "own"] = "builtin"
     layer_norm: Literal["apart", "folded"] = "apart"
+    cross_attention: Literal["apart", "folded"] = "apart"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Options).items():
@@ -385,6 +377,8 @@ class Options:
             raise ValueError(
                 "the option layer_norm is 'folded', but must be 'apart' unless attention and conv are 'own'"
             )
+        if self.cross_attention == "folded" and self.layer_norm != "folded":
+            raise ValueError("the option cross_attention is 'folded', but must be 'apart' unless layer_norm is, too")
 
     def as_dict(self) -> dict[str, str | bool]:
         """The options by name, as a manifest holds them."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.load import ATTENTION as OWN_ATTENTION
+from plugins.load import CROSS
 from runtime.manifest import EngineError, Manifest, write_whole
 from trt_builder.flavour import Flavour
 
@@ -72,7 +73,7 @@ class Layer:
     def attention(self) -> bool:
         """Whether this is an attention in one kernel, TensorRT's or our plugin's."""
         words = f"{self.tactic} {self.type} {self.name if self.name.startswith('_') else ''}"
-        return self.plugin == OWN_ATTENTION or bool(ATTENTION.search(words))
+        return own_attention(self) or bool(ATTENTION.search(words))
 
     @property
     def region(self) -> bool:
@@ -226,8 +227,13 @@ def attentions(nodes: Sequence[Node], layers: Sequence[Layer]) -> list[Attention
     """The attentions of a network, and where an engine of these layers has them."""
     regions = compiled(nodes, layers)
     # A fused attention layer of the network is three layers to this list: its input, output and the attention itself.
-    found = [n.name for n in nodes if n.type in ("SOFTMAX", "ATTENTION_OUTPUT") or n.plugin == OWN_ATTENTION]
+    found = [n.name for n in nodes if n.type in ("SOFTMAX", "ATTENTION_OUTPUT") or own_attention(n)]
     return [Attention(name, regions.get(name, "")) for name in found]
+
+
+def own_attention(layer: Layer | Node) -> bool:
+    """Whether this is an attention by our plugins, or of one over a text that is multiplied out the first launch."""
+    return layer.plugin == OWN_ATTENTION or (layer.plugin == CROSS and layer.name.endswith(":weights"))
 
 
 def compiled(nodes: Sequence[Node], layers: Sequence[Layer]) -> dict[str, str]:

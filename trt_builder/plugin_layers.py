@@ -14,6 +14,8 @@ from plugins.load import (
     CONV,
     CONV_CAPABILITY,
     CONV_MULTIPLE,
+    CROSS,
+    CROSS_WORDS,
     FIELDS_VERSION,
     GROUP_NORM,
     RESIDUALS,
@@ -22,6 +24,7 @@ from plugins.load import (
     PluginError,
     find,
     has_conv_kernel,
+    has_cross_kernel,
     load,
 )
 from runtime.engine import gpu
@@ -41,6 +44,10 @@ BUILT_IN_ROWS = 32
 # TensorRT's own to keep a GPU busy. Those of size 1 spare a launch: of a LayerNorm, a gate or another product.
 CONV_NUMBERS = {1: 7_864_320, 3: 983_040}
 
+# By how much wider than x the weights of a text's words may be, of all heads: the products with them take the place of
+# to_q's and to_out's, and must not become much larger. Of SD 1.5 those over 320 channels are twice as wide.
+CROSS_GROWTH = 2
+
 
 def conv_wins(rows: int, weight: Sequence[int]) -> bool:
     """Whether our plugin was measured to win over TensorRT 8.6's own convolution to this many positions, B·h·w.
@@ -49,6 +56,22 @@ def conv_wins(rows: int, weight: Sequence[int]) -> bool:
     """
     filters, _, size, _ = weight
     return rows * filters <= CONV_NUMBERS.get(size, 0)
+
+
+def cross_fits(shape: Sequence[int], heads: int, words: int, options: Options) -> bool:
+    """Whether a cross-attention that makes maps (B, C, h, w) is over a text that is multiplied out, by the options and
+    by what our plugins have kernels for. Its other linear layers must be theirs, too.
+    """
+    batch, channels, h, w = shape
+    linear, rows = (channels, channels, 1, 1), batch * h * w
+    return (
+        (options.cross_attention, options.precision) == ("folded", "fp16")
+        and channels // heads in ATTENTION_WIDTHS
+        and has_conv_kernel(shape, linear, 1)
+        and conv_wins(rows, linear)
+        and has_cross_kernel(shape, batch, heads, words)
+        and heads * CROSS_WORDS <= CROSS_GROWTH * channels
+    )
 
 
 class FlavourError(ValueError):
@@ -115,6 +138,7 @@ class PluginLayers:
         """
         needed = [GROUP_NORM] * (options.group_norm == "own") + list(TRANSFORMER) * (options.attention == "own")
         needed += list(RESIDUALS) * (options.residual == "own") + [CONV] * (options.conv == "own")
+        needed += [CROSS] * (options.cross_attention == "folded")
         if needed and self.rtx:
             raise FlavourError("TensorRT-RTX takes no plugins: use another --group-norm and --attention than own")
         if not needed:
@@ -203,6 +227,13 @@ class PluginLayers:
         rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
         beside = not second or (stride == 1 and not second % CONV_MULTIPLE)
         return beside and has_conv_kernel(shape, weight, stride) and conv_wins(rows, weight)
+
+    def has_cross_plugin(self, shape: Sequence[int], heads: int, words: int, options: Options) -> bool:
+        """Whether our plugin serves a cross-attention, as `cross_fits` has it; FlavourError where it cannot be had."""
+        if not cross_fits(shape, heads, words, options):
+            return False
+        self._need(CROSS, "cross-attention")
+        return True
 
     def _need(self, plugin: str, option: str) -> None:
         if self.rtx or self._creator(plugin, VERSION) is None:

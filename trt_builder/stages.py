@@ -9,39 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import JOIN, JOIN_NORM, UPDATE
+from plugins.load import UPDATE, text_columns
 from runtime.steps import COND, STEP
 from trt_builder.clip import text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.control import residuals
 from trt_builder.flavour import Flavour
 from trt_builder.hint import hint_block
+from trt_builder.joins import join, own_join, scale_rows
 from trt_builder.layers import (
-    GROUP_NORM_EPSILON,
-    GROUPS,
     Net,
     add,
     chunk,
     clamp,
-    concat,
     conv,
     linear,
     match_batch,
     mul,
-    own,
     own_outputs,
     permute,
     reshape,
     scalar,
-    scale_and_bias,
     silu,
     sub,
 )
+from trt_builder.text import CrossAttention, as_map, cross_attentions, text_map
 from trt_builder.time import embed_time, time_rows
 from trt_builder.unet import decode, encode
 from trt_builder.vae import decoder, encoder
@@ -114,10 +111,22 @@ class Stage:
         """The inputs row0, row1, … (1, C_i)."""
         return [self.input(f"row{i}", (1, x.out_channels)) for i, x in enumerate(self.config.rows(self.base))]
 
-    def keys_values(self) -> list[KV]:
-        """The inputs k0, v0, k1, v1, … (B, 77, C_i)."""
-        shapes = [(self.batch, self.config.clip.max_length, c) for _, c in self.config.attentions(self.base)]
-        return [(self.input(f"k{i}", shape), self.input(f"v{i}", shape)) for i, shape in enumerate(shapes)]
+    def folds(self, one: CrossAttention) -> bool:
+        """Whether a cross-attention has its text multiplied out; the same for both halves of the batch as for one."""
+        words = self.config.clip.max_length
+        return self.flavour.has_cross_plugin(one.size(self.shape), one.heads, words, self.options)
+
+    def texts(self) -> list[KV]:
+        """What each cross-attention has of the text: the inputs k<i>, v<i> (B, 77, C_i), or text<i> (B, P_i, 1, 77)."""
+        words = self.config.clip.max_length
+        made: list[KV] = []
+        for i, one in enumerate(cross_attentions(self.config, self.base)):
+            if self.folds(one):
+                shape = (self.batch, text_columns(one.heads, one.channels), 1, words)
+                made.append((self.input(f"text{i}", shape, channels_last=True),))
+            else:
+                made.append(tuple(self.input(f"{kind}{i}", (self.batch, words, one.channels)) for kind in "kv"))
+        return made
 
     def latent(self, name: str) -> trt.ITensor:
         """The float32 input `name` (N, 4, h, w)."""
@@ -140,16 +149,27 @@ class Stage:
 
 
 def clip(stage: Stage) -> None:
-    """`tokens` (B, 77) → `context` (B, 77, D), and `<stage>.k<i>`, `<stage>.v<i>` (B, 77, C_i) per cross-attention."""
+    """`tokens` (B, 77) → `context` (B, 77, D), and `<stage>.k<i>`, `<stage>.v<i>` (B, 77, C_i) per cross-attention.
+
+    Or, where its text is multiplied out, `<stage>.text<i>` (B, P_i, 1, 77), which stages then take for `k<i>`, `v<i>`.
+    """
     config = stage.config
     tokens = stage.input("tokens", (stage.shape.batch, config.clip.max_length), np.int32)
     context = text_transformer(stage.net(CLIP), config.clip, tokens)
     stage.output("context", context)
+
+    @cache  # one for all who take it
+    def words() -> trt.ITensor:
+        return as_map(stage.net(CLIP), context)
+
     for name in config.consumers():
-        for i, (prefix, _) in enumerate(config.attentions(name)):
-            attn = stage.net("").at(prefix)
-            stage.output(f"{name}.k{i}", linear(attn.at("to_k"), context))
-            stage.output(f"{name}.v{i}", linear(attn.at("to_v"), context))
+        for i, one in enumerate(cross_attentions(config, name)):
+            block = stage.net("").at(one.block)
+            if stage.folds(one):
+                stage.output(f"{name}.text{i}", text_map(block, words(), one.heads), channels_last=True)
+                continue
+            for kind in "kv":
+                stage.output(f"{name}.{kind}{i}", linear(block.at("attn2", f"to_{kind}"), context))
 
 
 def hint(stage: Stage) -> None:
@@ -182,7 +202,7 @@ def control(stage: Stage) -> None:
     net = stage.net(config.prefix)
     x = stage.prefix_batch(net, net.cast(stage.latent("x")))
     hint = stage.input("hint", (1, config.model_channels, shape.h, shape.w), channels_last=True)
-    rows, kv = iter(stage.rows()), iter(stage.keys_values())
+    rows, kv = iter(stage.rows()), iter(stage.texts())
     for i, r in enumerate(residuals(net, config, x, hint, rows, kv)):
         stage.output(f"residual{i}", match_batch(net, r, stage.batch), channels_last=True)
 
@@ -192,7 +212,7 @@ def unet_encoder(stage: Stage) -> None:
     config = stage.config.unet
     net = stage.net(config.prefix)
     x = stage.prefix_batch(net, net.cast(stage.latent("x")))
-    skips, middle = encode(net, config, x, iter(stage.rows()), iter(stage.keys_values()))
+    skips, middle = encode(net, config, x, iter(stage.rows()), iter(stage.texts()))
     for i, s in enumerate(skips):
         stage.output(f"skip{i}", match_batch(net, s, stage.batch), channels_last=True)
     stage.output("middle", middle, channels_last=True)
@@ -238,7 +258,7 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
     config = stage.config.unet
     *skips, middle = stage.maps("skip", "middle")
     residuals = stage.maps("residual", f"residual{len(skips)}")
-    rows, kv = iter(stage.rows()), iter(stage.keys_values())
+    rows, kv = iter(stage.rows()), iter(stage.texts())
     scales = stage.input("scales", (len(residuals), stage.shape.batch), np.float32)
     guidance = stage.input("guidance", (1,), np.float32)
 
@@ -259,32 +279,6 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
 def number(net: Net, guidance: trt.ITensor) -> trt.ITensor:
     """The guidance (1) as it multiplies maps."""
     return reshape(net, guidance, (1, 1, 1, 1), what="guidance")
-
-
-def join(skip: trt.ITensor, net: Net, x: trt.ITensor) -> tuple[trt.ITensor, None]:
-    """x (B, C, h, w) and a skip (B, D, h, w) behind it: (B, C + D, h, w)."""
-    return concat(net, [x, skip], 1), None
-
-
-def own_join(
-    i: int, skip: trt.ITensor, residuals: Sequence[trt.ITensor], scales: trt.ITensor, net: Net, x: trt.ITensor
-) -> tuple[trt.ITensor, trt.ITensor | None]:  # fmt: skip
-    """`join` by our plugin, which adds line i of scales (residuals, B) times residual i (B, D, h, w) to the skip.
-
-    The last skip is put behind the middle block's output, to which the plugin adds the last residual likewise. Where
-    our GroupNorm serves, the one that the block begins with, and its SiLU, are done by the same plugin.
-    """
-    last = len(residuals) - 1
-    of_x, x_index = (residuals[last:], last) if i == last - 1 else ([], -1)
-    inputs, channels = [x, skip, residuals[i], scales, *of_x], x.shape[1] + skip.shape[1]
-    if net.flavour.group_norm_plugin(channels, x.shape[0], net.options) != "own":
-        return own(net, JOIN, inputs, "concat", index=i, x_index=x_index), None
-    norm = net.at("in_layers.0")
-    joined, normed = own_outputs(
-        norm, JOIN_NORM, [*inputs, *scale_and_bias(norm, channels)], 2, "concat", index=i, x_index=x_index,
-        groups=GROUPS, silu=1, epsilon=GROUP_NORM_EPSILON,
-    )  # fmt: skip
-    return joined, normed
 
 
 def own_update(
@@ -318,13 +312,6 @@ def update(stage: Stage, e: trt.ITensor) -> None:
     for term, name in zip(others, ("add_e", "add_e1", "add_e2"), strict=True):
         x_next = add(exact, x_next, term, name)
     stage.output("x_next", add(exact, x_next, noise, "add_noise"), np.float32)
-
-
-def scale_rows(net: Net, tensors: list[trt.ITensor], scales: trt.ITensor) -> list[trt.ITensor]:
-    """Each tensor (B, C, h, w) times its line of `scales`: one factor per row of the batch."""
-    count, batch = scales.shape
-    factors = chunk(net, reshape(net, net.cast(scales), (count * batch, 1, 1, 1), what="scales"), count, 0)
-    return [mul(net, t, f, f"scale{i}") for i, (t, f) in enumerate(zip(tensors, factors, strict=True))]
 
 
 def vae_decoder(stage: Stage) -> None:

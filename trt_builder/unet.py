@@ -26,11 +26,12 @@ from trt_builder.layers import (
     takes_own_conv,
     upsample_nearest,
 )
+from trt_builder.text import folded_attention
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    KV = tuple[trt.ITensor, trt.ITensor]
+    KV = tuple[trt.ITensor, ...]  # K and V (B, S, C), or the one map (B, P, 1, S) that trt_builder/text.py makes
     Join = Callable[[Net, trt.ITensor], tuple[trt.ITensor, trt.ITensor | None]]
     Out = tuple[Net, trt.ITensor]  # a 1×1 convolution behind a transformer, and the residual of what it makes
 
@@ -95,9 +96,12 @@ def self_attention(net: Net, norm: Net, x: trt.ITensor, heads: int) -> trt.ITens
 
 
 def cross_attention(net: Net, norm: Net, x: trt.ITensor, kv: KV, heads: int) -> trt.ITensor:
-    """x, and LayerNorm and attention of x (B, T, C) over the K and V (B, S, C) that `clip` made of the text."""
+    """x, and LayerNorm and attention of x (B, T, C) over what `clip` made of the text: K and V (B, S, C), or a map."""
+    if len(kv) == 1:
+        return folded_attention(net, x, kv[0], heads)
     (q,) = linear_after(norm, x, [(net.at("to_q"), ())])
-    return linear(net.at("to_out.0"), attention(net, q, *kv, heads), residual=x)
+    k, v = kv
+    return linear(net.at("to_out.0"), attention(net, q, k, v, heads), residual=x)
 
 
 def transformer_block(net: Net, x: trt.ITensor, kv: KV, heads: int, out: Out | None = None) -> trt.ITensor:

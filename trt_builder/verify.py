@@ -1,12 +1,14 @@
 """Engines against their PyTorch twins, output by output, and how long each takes.
 
 PyTorch and TensorRT may live in different interpreters, even on different machines: one writes a reference (.npz: the
-inputs of every stage and the twin's outputs), the other runs the engines on these inputs and compares.
+inputs of every stage and the twin's outputs), the other runs the engines on these inputs and compares. The twins take K
+and V; engines for which the text is multiplied out have what that makes of the same K and V.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,18 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plugins.load import text_columns
 from runtime.engine import Engine
 from runtime.manifest import EngineError, Manifest, write_whole
 from runtime.tokenizer import END, START
 from trt_builder.build import TIMINGS
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour
+from trt_builder.text import cross_attentions, folded_texts
 
 if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
 
 TOLERANCE = {"fp16": 2e-2, "fp32": 1e-3}  # on ‖a − b‖ / ‖b‖
 VERDICT = "verified.json"
+# Of a reference that is made before there are engines: it serves those that were built otherwise, too.
+FOLDED = Options(attention="own", conv="own", layer_norm="folded", cross_attention="folded")
 Arrays = dict[str, np.ndarray]
 
 
@@ -52,8 +58,13 @@ class Comparison:
         return not self.bad and self.error <= self.tolerance
 
 
-def input_shapes(stage: str, config: ModelConfig, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every input of a stage, as `cldm.stages` names them; raises ValueError for an unknown stage."""
+def input_shapes(
+    stage: str, config: ModelConfig, shape: Shape, options: Options | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every input of a stage, as `cldm.stages` names them, or as engines of these options have it.
+
+    Raises ValueError for an unknown stage.
+    """
     n, b, h, w = shape.samples, shape.batch, shape.h, shape.w
     base, rows = stage.removesuffix("_cond"), n if stage.endswith("_cond") else b
     x = {"x": (n, config.unet.in_channels, h, w)}
@@ -79,13 +90,19 @@ def input_shapes(stage: str, config: ModelConfig, shape: Shape) -> dict[str, tup
         shapes |= {"scales": (len(maps) + 1, b), "guidance": (1,), "coefficients": (4,)}
         shapes |= dict.fromkeys(["noise", "e1", "e2"] + ["difference"] * (rows < b), x["x"])
     shapes |= {f"row{i}": (1, layer.out_channels) for i, layer in enumerate(config.rows(base))}
-    for i, (_, channels) in enumerate(config.attentions(base)):
-        shapes |= {f"{kind}{i}": (rows, config.clip.max_length, channels) for kind in "kv"}
+    words, folded = config.clip.max_length, folded_texts(stage, config, shape, options) if options else {}
+    for i, one in enumerate(cross_attentions(config, base)):
+        if f"text{i}" in folded:
+            shapes[f"text{i}"] = rows, text_columns(one.heads, one.channels), 1, words
+        else:
+            shapes |= {f"{kind}{i}": (rows, words, one.channels) for kind in "kv"}
     return shapes
 
 
-def random_inputs(stage: str, config: ModelConfig, shape: Shape, seed: int) -> Arrays:
+def random_inputs(stage: str, config: ModelConfig, shape: Shape, seed: int, options: Options | None = None) -> Arrays:
     """Inputs of a stage as a picture would make them: unit normal features, text of random length, edges 0 or 1.
+
+    Those of the twin, or of engines of these options.
 
     Everything is a number that float16 holds, so that rounding an input is no part of an engine's error.
     """
@@ -111,7 +128,7 @@ def random_inputs(stage: str, config: ModelConfig, shape: Shape, seed: int) -> A
         }
         return numbers.get(name, lambda: draw.standard_normal(size))().astype(np.float16).astype(np.float32)
 
-    return {name: one(name, size) for name, size in input_shapes(stage, config, shape).items()}
+    return {name: one(name, size) for name, size in input_shapes(stage, config, shape, options).items()}
 
 
 def load_twin(manifest: Manifest, device: str) -> ControlLDM:
@@ -150,15 +167,34 @@ def twin_outputs(model: ControlLDM, stage: str, inputs: Mapping[str, np.ndarray]
     return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
 
+def case(model: ControlLDM, manifest: Manifest, stage: str, seed: int) -> tuple[Arrays, Arrays]:
+    """Random inputs of a stage and its twin's outputs, and beside K and V each text that the engines have instead."""
+    import torch
+
+    from cldm.text import text_map, transformer_blocks
+
+    config, shape = ModelConfig.load(manifest.model), shape_of(manifest)
+    inputs = random_inputs(stage, config, shape, seed)
+    outputs = twin_outputs(model, stage, inputs)
+    arrays = outputs if stage == "clip" else inputs
+    for name, (consumer, i) in folded_texts(stage, config, shape, options_of(manifest)).items():
+        at, block = name.removesuffix(f"text{i}"), transformer_blocks(model, consumer)[i]
+        k, v = (torch.from_numpy(arrays[f"{at}{kind}{i}"]).to(model.device) for kind in "kv")
+        with torch.inference_mode():
+            text = text_map(block, k, v, text_columns(block.attn2.heads, k.shape[2]))
+        arrays[name] = text.half().cpu().numpy()  # as engines hold it
+    return inputs, outputs
+
+
 def make_reference(manifest: Manifest, path: Path, seed: int, device: str, tell: Callable[[str], None]) -> None:
     """Write the random inputs and the twin's outputs of every stage of an engine folder to a .npz file."""
-    config, shape, model = ModelConfig.load(manifest.model), shape_of(manifest), load_twin(manifest, device)
+    model = load_twin(manifest, device)
     arrays: Arrays = {"about": np.array(json.dumps(about(manifest)))}
     for stage in manifest.stages:
         tell(stage)
-        inputs = random_inputs(stage, config, shape, seed)
+        inputs, outputs = case(model, manifest, stage, seed)
         arrays |= {f"{stage}/in/{name}": array for name, array in inputs.items()}
-        arrays |= {f"{stage}/out/{name}": array for name, array in twin_outputs(model, stage, inputs).items()}
+        arrays |= {f"{stage}/out/{name}": array for name, array in outputs.items()}
     temporary = path.with_name(f".{path.name}.partial.npz")
     try:
         np.savez(temporary, **arrays)  # type: ignore[arg-type]
@@ -180,6 +216,7 @@ def stored_reference(manifest: Manifest, path: Path) -> Iterator[tuple[str, Arra
         if facts.get(name) != value:
             what = f"{path} is for {name} {facts.get(name)}, but the engines are for {value}"
             raise EngineError(f"{what}: {again(path)}")
+    config, shape = ModelConfig.load(manifest.model), shape_of(manifest)
     for stage in manifest.stages:
         parts: dict[str, Arrays] = {"in": {}, "out": {}}
         for key in file.files:
@@ -189,6 +226,9 @@ def stored_reference(manifest: Manifest, path: Path) -> Iterator[tuple[str, Arra
                 parts[part][name] = file[key]
         if not parts["out"]:
             raise EngineError(f"{path} lacks the stage {stage}: {again(path)}")
+        for name in folded_texts(stage, config, shape, options_of(manifest)):
+            if name not in parts["in"] | parts["out"]:
+                raise EngineError(f"{path} lacks {name} of the stage {stage}: {again(path)}")
         yield stage, parts["in"], parts["out"]
 
 
@@ -199,25 +239,35 @@ def again(path: Path) -> str:
 
 def fresh_reference(manifest: Manifest, seed: int, device: str) -> Iterator[tuple[str, Arrays, Arrays]]:
     """Stage, inputs and the twin's outputs, made one after the other."""
-    config, shape, model = ModelConfig.load(manifest.model), shape_of(manifest), load_twin(manifest, device)
+    model = load_twin(manifest, device)
     for stage in manifest.stages:
-        inputs = random_inputs(stage, config, shape, seed)
-        yield stage, inputs, twin_outputs(model, stage, inputs)
+        yield stage, *case(model, manifest, stage, seed)
 
 
 def verify(
     manifest: Manifest, flavour: Flavour, reference: Iterable[tuple[str, Arrays, Arrays]]
 ) -> Iterator[Comparison]:
     """Compare every output of every stage; raises EngineError where an engine cannot run or has other outputs."""
-    tolerance = TOLERANCE[Options(**manifest.options).precision]  # type: ignore[arg-type]
+    tolerance = TOLERANCE[options_of(manifest).precision]
     for stage, inputs, expected in reference:
         with Engine(manifest.plan_bytes(stage), flavour) as engine:
             outputs = engine.run({name: inputs[name] for name in engine.inputs if name in inputs})
+        expected = of_engine(expected, outputs)
         if outputs.keys() != expected.keys():
             names = ", ".join(sorted(outputs.keys() ^ expected.keys()))
             raise EngineError(f"the engine {stage} and its PyTorch twin differ in their outputs: {names}.")
         for name, b in expected.items():
             yield compare(stage, name, outputs[name], b, tolerance)
+
+
+def of_engine(expected: Arrays, outputs: Mapping[str, np.ndarray]) -> Arrays:
+    """What is expected of an engine with these outputs: of each cross-attention the text, or else K and V."""
+    others = set()
+    for name in expected:
+        if found := re.fullmatch(r"(\w+)\.text(\d+)", name):
+            consumer, i = found.groups()
+            others |= {f"{consumer}.k{i}", f"{consumer}.v{i}"} if name in outputs else {name}
+    return {name: array for name, array in expected.items() if name not in others}
 
 
 def compare(stage: str, output: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> Comparison:
@@ -239,7 +289,7 @@ def measure(manifest: Manifest, flavour: Flavour, seed: int, replays: int) -> It
     """Stage and milliseconds of each graph replay on random inputs."""
     config, shape = ModelConfig.load(manifest.model), shape_of(manifest)
     for stage in manifest.stages:
-        inputs = random_inputs(stage, config, shape, seed)
+        inputs = random_inputs(stage, config, shape, seed, options_of(manifest))
         with Engine(manifest.plan_bytes(stage), flavour) as engine:
             engine.upload({name: inputs[name] for name in engine.inputs if name in inputs})
             yield stage, engine.graph_times(replays)
@@ -285,6 +335,11 @@ def shape_of(manifest: Manifest) -> Shape:
         return Shape(**manifest.shape)
     except (TypeError, ValueError) as error:
         raise EngineError(f"{manifest.folder}: the manifest's shape {manifest.shape} is none ({error}).") from None
+
+
+def options_of(manifest: Manifest) -> Options:
+    """The options that an engine folder was built with; raises ValueError where the manifest has none such."""
+    return Options(**manifest.options)  # type: ignore[arg-type]
 
 
 def as_rows(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
