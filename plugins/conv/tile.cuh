@@ -23,8 +23,6 @@ __device__ __forceinline__ void store_words(const uint32_t (&words)[4], __half* 
     *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
 }
 
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
-
 // Word j of lane i of four goes to word i of lane j.
 __device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
 #pragma unroll

@@ -1,5 +1,6 @@
 // The plugins for TensorRT 8.6, each an IPluginV2DynamicExt.
 #include "../attention/op.h"
+#include "../conv/cross_op.h"
 #include "../conv/op.h"
 #include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
@@ -139,8 +140,9 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::JoinOp> join;
     static canny::Creator<canny::JoinNormOp> join_norm;
     static canny::Creator<canny::UpdateOp> update;
-    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                         &add,        &conv,      &join, &join_norm, &update};
-    count = 9;
+    static canny::Creator<canny::CrossOp> cross;
+    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,  &add,
+                                                         &conv,       &join,      &join_norm,  &update, &cross};
+    count = 10;
     return creators;
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../attention/op.h"
+#include "../conv/cross_op.h"
 #include "../conv/op.h"
 #include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
@@ -146,8 +147,9 @@ CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
     static canny::Creator<canny::JoinOp> join;
     static canny::Creator<canny::JoinNormOp> join_norm;
     static canny::Creator<canny::UpdateOp> update;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,
-                                                                  &add,        &conv,      &join, &join_norm, &update};
-    count = 9;
+    static canny::Creator<canny::CrossOp> cross;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,  &add,
+                                                                  &conv,       &join,      &join_norm,  &update, &cross};
+    count = 10;
     return creators;
 }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kGateThreads) geglu(const CannyGeglu p) {
 #pragma unroll
     for (int k = 0; k < kWidth; k++) {
         float gate = to_float(b.value[k]);
-        from_float(to_float(a.value[k]) * 0.5f * gate * (1.f + erff(gate * 0.70710678f)), a.value[k]);
+        from_float(to_float(a.value[k]) * gelu(gate), a.value[k]);
     }
     a.store(static_cast<__half*>(p.y) + token * p.channels + at);
 }
