@@ -257,7 +257,8 @@ inline void run_cluster(int size, int threads, size_t shared, std::vector<int>& 
             if (blocks[b].shared[i] != 0xff) fail("a write beyond the shared memory");
 }
 
-// Run a kernel of one argument. order: 0 the first thread runs ahead, 1 the last, more: at random, with this seed.
+// Run a kernel of one argument. order: 0 the first cluster comes first and in it the first thread, 1 the last, more:
+// threads at random, with this seed.
 template <typename P>
 void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t shared, const P& params, int order) {
     struct Call {
@@ -275,12 +276,12 @@ void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t 
     while (fibers.size() < sequence.size()) fibers.push_back(std::make_unique<Fiber>());
     std::mt19937 random(order);
     at_once = order == 1;
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x += cluster_size) {
-                for (int b = 0; b < cluster_size; b++) blocks[b].index = dim3(x + b, y, z);
-                run_cluster(cluster_size, threads, shared, sequence, order > 1 ? &random : nullptr);
-            }
+    unsigned across = grid.x / cluster_size, count = across * grid.y * grid.z;
+    for (unsigned i = 0; i < count; i++) {
+        unsigned at = order == 1 ? count - 1 - i : i, x = at % across * cluster_size, line = at / across;
+        for (int b = 0; b < cluster_size; b++) blocks[b].index = dim3(x + b, line % grid.y, line / grid.y);
+        run_cluster(cluster_size, threads, shared, sequence, order > 1 ? &random : nullptr);
+    }
 }
 
 }  // namespace emulator
