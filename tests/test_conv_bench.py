@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated import compile_emulator
-from test_conv_kernels import KERNELS, SOURCE
+from conv_emulated import compiled
 
 from bench import conv as bench
 from runtime.engine import Gpu
@@ -40,9 +39,9 @@ class OnCpu:
 
 
 @pytest.fixture
-def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The kernels in the emulator, CUDA as far as the bench calls it, and few shapes."""
-    library = compile_emulator(tmp_path, KERNELS, SOURCE)
+    library = compiled()
     call = SimpleNamespace(canny_conv=library.emulate_conv, canny_conv_plan=library.canny_conv_plan)
 
     def set_memory(address: int, value: int, size: int) -> None:
