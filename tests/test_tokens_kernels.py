@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_a_mean_that_dwarfs_the_deviation(emulator: Any) -> None:
         ("mask; mask /= 2", "mask > 1; mask /= 2", LayerNorm(8, 320)),
         ("lane < vectors ? to_float", "lane <= vectors ? to_float", LayerNorm(8, 328)),
         ("x + p.channels", "x + p.channels - kWidth", Geglu(3, 64)),
-        ("1.f + erff", "1.f - erff", Geglu(3, 64)),
+        ("gelu(gate)", "gate", Geglu(3, 64)),
         ("at >= p.count", "at >= p.count - kWidth", Sum(3, 64)),
         ("position / p.positions", "0", Join(2, 3, 8, 16)),
         ("position * p.second + at - p.first", "position * p.second", Join(2, 3, 8, 16)),
@@ -67,6 +68,58 @@ def test_a_mean_that_dwarfs_the_deviation(emulator: Any) -> None:
 def test_mistakes_show(tmp_path: Path, find: str, put: str, what: LayerNorm | Geglu | Sum | Join) -> None:
     library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put)
     assert not error(*emulate(library, what, mean=3.0)) < 1e-3
+
+
+def exact_gelu(x: np.ndarray) -> np.ndarray:
+    """In float64."""
+    exact = x.astype(np.float64)
+    return exact * 0.5 * np.vectorize(math.erfc)(-exact * 0.5**0.5)
+
+
+def emulated_gelu(library: Any, x: np.ndarray) -> np.ndarray:
+    """Before it is rounded to half precision."""
+    y = np.empty_like(x)
+    library.emulate_gelu(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data), x.size)
+    return y
+
+
+def is_gelu(library: Any) -> bool:
+    """Within 2e-5 of what it is, where that counts in half precision, and beyond 12 as near as it gets there."""
+    x = np.linspace(-12, 12, 100_001, dtype=np.float32)
+    exact = exact_gelu(x)
+    close = np.abs(emulated_gelu(library, x) - exact) <= 2e-5 * np.maximum(np.abs(exact), 1e-4)
+    ends = np.array([-np.inf, -65504, -20, 20, 65504, np.inf], np.float32)
+    far = np.array_equal(np.abs(emulated_gelu(library, ends)).round(20), np.maximum(ends, 0))
+    return bool(close.all()) and far and bool(np.isnan(emulated_gelu(library, np.array([np.nan], np.float32))[0]))
+
+
+def test_gelu(emulator: Any) -> None:
+    assert is_gelu(emulator)
+
+
+def test_gates_of_all_halves(emulator: Any) -> None:
+    """From -12 to 12, times 1: as near as half precision allows. What is no number stays that."""
+    positive = np.arange(np.float16(12).view(np.uint16), dtype=np.uint16).view(np.float16)
+    gates = np.concatenate([positive, -positive, np.full(8, np.nan, np.float16)]).reshape(-1, 8)
+    what = Geglu(len(gates), 8)
+    x, call = np.concatenate([np.ones_like(gates), gates], axis=1), what.call()
+    memory = {"x": x, "y": np.full_like(gates, 7)}
+    y = between_guards(call, memory, lambda: emulator.canny_geglu(ctypes.byref(call), 0)).view(np.float16)
+    exact = exact_gelu(gates[:-1]).reshape(-1)
+    rounded = np.maximum(np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64) / 2, 2.0**-25)
+    off = np.abs(y[:-8] - exact) - 2e-5 * np.maximum(np.abs(exact), 1e-4)
+    assert np.all(off <= rounded) and np.isnan(y[-8:]).all()
+
+
+@pytest.mark.parametrize(
+    ("find", "put"),
+    [
+        ("-1.1509935f", "-1.1510935f"), ("fminf(fabsf(x), 10.f)", "fabsf(x)"), ("x < 0.f ? 0.f : x)", "x)"),
+        ("x < 0.f ? 0.f : x)", "fmaxf(x, 0.f))"), ("7.8221812e-3f", "7.8231812e-3f"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_gelu_show(tmp_path: Path, find: str, put: str) -> None:
+    assert not is_gelu(compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, "../group_norm/device.cuh"))
 
 
 @pytest.mark.parametrize(
