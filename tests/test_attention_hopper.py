@@ -149,8 +149,8 @@ def test_without_mistakes_all_of_these_are_right(emulator: Any) -> None:
 
 def test_values_in_rows_are_read_as_they_lie(tmp_path: Path) -> None:
     """A wrong distance between eights of rows, in the descriptor of matrices that are multiplied along, is found."""
-    find, put = "kEightRows = 1024 / 16", "kEightRows = 512 / 16"
-    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, file="wgmma.cuh")
+    find, put = "box / 16) << 16 | kEightRows << 32", "box / 16) << 16 | kEightRows / 2 << 32"
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, file="../conv/hopper.cuh")
     assert not right(library, ONE, 1.0, 0)
 
 
