@@ -152,6 +152,8 @@ Dims dims(std::initializer_list<int> sizes) {
     return made;
 }
 
+#include "cross_probe.hpp"
+
 int main(int, char** arguments) {
     void* library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
     if (!library) std::printf("%s\n", dlerror());
@@ -168,7 +170,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 9 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 10 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -600,5 +602,6 @@ int main(int, char** arguments) {
     MUST(!create(join, fields));
     end(norm);
     end(gate);
+    probe_cross(*static_cast<Creator*>(entry(count)[9]));
     std::printf("all as it must be\n");
 }

@@ -12,8 +12,12 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed: 
 import plugin_stand_ins  # noqa: E402
 from test_networks import SMALL, Defined, Tensors, arrays, cases, check, model  # noqa: E402
 
+from bench.attention import attentions  # noqa: E402
+from bench.conv import convolutions  # noqa: E402
 from cldm.text import text_map, transformer_blocks  # noqa: E402
 from plugins import load as loading  # noqa: E402
+from plugins.call import Attention  # noqa: E402
+from plugins.conv_calls import Conv  # noqa: E402
 from plugins.load import fold_norm, text_columns  # noqa: E402
 from trt_builder.config import ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import Flavour, get_flavour  # noqa: E402
@@ -185,3 +189,49 @@ def test_a_fold_needs_our_convolutions_and_numbers_that_fit() -> None:
     folded, bias, sums = fold_norm(weight, row, row / 300, row)
     assert folded.dtype == np.float16 and (folded == weight).all()
     assert (sums == 300 * 64).all() and (bias == 300 + 300 * 300 * 64).all()
+
+
+def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-attentions are one convolution of three times the width, cross-attentions three tensors."""
+    config, shape = ModelConfig.load("tiny"), Shape(128, 128)
+    found: Counter[Attention] = Counter()
+
+    def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
+        (batch, channels, h, w), keys = q.shape, kv[0].shape[1] if kv else q.shape[2] * q.shape[3]
+        rows, width = kv[0].shape[0] if kv else batch, channels // heads // (3 if joined else 1)
+        found[Attention(rows, heads, h * w, keys, width, bool(joined), rows // batch)] += 1
+        return plugin_stand_ins.attention(network, q, *kv, heads=heads, joined=joined, scale=scale)
+
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAttention", attention)
+    plugin_stand_ins.define_step(config, shape, Options("fp32", attention="own"))
+    assert found == attentions(config, shape)
+
+
+@pytest.mark.parametrize(("qkv", "layer_norm"), [("joined", "apart"), ("joined", "folded"), ("apart", "folded")])
+def test_the_builder_gives_convolutions_to_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, qkv: Any, layer_norm: Any
+) -> None:
+    """Those that bench.conv finds, each residual and gate and, if folded, each LayerNorm in the plugin."""
+    flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
+    found: Counter[Conv] = Counter()
+
+    def add(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, **fields: Any) -> Any:
+        (batch, channels, h, w), added = x.shape, rest[-1].shape[0] if fields["residual"] else 0
+        norm, gate, second = bool(fields["norm"]), bool(fields["gate"]), fields["second"]
+        of_second = rest[fields["norm"]].shape[1] if second else 0
+        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, of_second, gate=gate)] += 1
+        return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, **fields)
+
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", add)
+    options = Options("fp32", "own", qkv, conv="own", layer_norm=layer_norm)
+    plugin_stand_ins.define_step(config, shape, options)
+    fits = {}
+    for one, count in convolutions(config, shape, options).items():
+        size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size, one.size)
+        if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options, one.second):
+            fits[one] = count
+    assert found == fits and len(found) > 10
+    assert any(one.second for one in found) and any(one.gate for one in found)
+    assert any(one.norm for one in found) == (layer_norm == "folded")

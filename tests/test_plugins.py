@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +11,14 @@ from typing import Any
 
 import pytest
 
-from bench.attention import attentions
-from bench.conv import convolutions
 from plugins import build as building
 from plugins import load as loading
 from plugins.build import build, find_headers, find_nvcc
-from plugins.call import Attention, GroupNorm, open_library, plan
+from plugins.call import GroupNorm, open_library, plan
 from plugins.conv_calls import Conv, ConvPlan
 from plugins.load import PluginError
 from runtime.manifest import Manifest
-from trt_builder.config import ModelConfig, Options, Shape
+from trt_builder.config import Options
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
 
 TESTS = Path(__file__).resolve().parent
@@ -226,58 +223,6 @@ def test_the_builder_gives_the_plugin_its_fields(strongly_typed: bool) -> None:
         recording(strongly_typed, None).group_norm_plugin(320, 2, Options(group_norm="own"))
 
 
-def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Self-attentions are one convolution of three times the width, cross-attentions three tensors."""
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
-    import plugin_stand_ins
-
-    config, shape = ModelConfig.load("tiny"), Shape(128, 128)
-    found: Counter[Attention] = Counter()
-
-    def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
-        (batch, channels, h, w), keys = q.shape, kv[0].shape[1] if kv else q.shape[2] * q.shape[3]
-        rows, width = kv[0].shape[0] if kv else batch, channels // heads // (3 if joined else 1)
-        found[Attention(rows, heads, h * w, keys, width, bool(joined), rows // batch)] += 1
-        return plugin_stand_ins.attention(network, q, *kv, heads=heads, joined=joined, scale=scale)
-
-    plugin_stand_ins.use(monkeypatch)
-    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAttention", attention)
-    plugin_stand_ins.define_step(config, shape, Options("fp32", attention="own"))
-    assert found == attentions(config, shape)
-
-
-@pytest.mark.parametrize(("qkv", "layer_norm"), [("joined", "apart"), ("joined", "folded"), ("apart", "folded")])
-def test_the_builder_gives_convolutions_to_the_plugin(
-    monkeypatch: pytest.MonkeyPatch, qkv: Any, layer_norm: Any
-) -> None:
-    """Those that bench.conv finds, each residual and gate and, if folded, each LayerNorm in the plugin."""
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
-    import plugin_stand_ins
-
-    flavour, config, shape = get_flavour("tensorrt_rtx"), ModelConfig.load("tiny"), Shape(128, 128)
-    found: Counter[Conv] = Counter()
-
-    def add(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, **fields: Any) -> Any:
-        (batch, channels, h, w), added = x.shape, rest[-1].shape[0] if fields["residual"] else 0
-        norm, gate, second = bool(fields["norm"]), bool(fields["gate"]), fields["second"]
-        of_second = rest[fields["norm"]].shape[1] if second else 0
-        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, of_second, gate=gate)] += 1
-        return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, **fields)
-
-    plugin_stand_ins.use(monkeypatch)
-    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", add)
-    options = Options("fp32", "own", qkv, conv="own", layer_norm=layer_norm)
-    plugin_stand_ins.define_step(config, shape, options)
-    fits = {}
-    for one, count in convolutions(config, shape, options).items():
-        size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size, one.size)
-        if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options, one.second):
-            fits[one] = count
-    assert found == fits and len(found) > 10
-    assert any(one.second for one in found) and any(one.gate for one in found)
-    assert any(one.norm for one in found) == (layer_norm == "folded")
-
-
 def test_what_our_attention_does_not_do_is_said(caplog: pytest.LogCaptureFixture) -> None:
     from trt_builder import plugin_layers
 
@@ -372,7 +317,14 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "C a multiple of 64", "CannyConv: second is 2", "only convolutions of stride 1 without a LayerNorm",
         "the second map must have the shape (B, E, h, w), E a multiple of 64",
         "the weight must have the shape (D / 64, 18, 64, 64)", "the weight must have the shape (D / 64, 21, 64, 64)",
-        "the residual must have the shape of the result",
+        "the residual must have the shape of the result", "CannyCross: its fields are of version 2",
+        "CannyCross: values is 2", "CannyCross: beside is 3", "heads is 6, but must be a multiple of 4, up to 64",
+        "heads is 68", "CannyCross: epsilon is -1.0", "CannyCross: epsilon is inf", "CannyCross: it has no field words",
+        "CannyCross: the field epsilon is missing", "CannyCross: its first input must have the shape (B, C, h, w), C a",
+        "CannyCross: the text must have the shape (B, P, 1, S), P at least 5128, S at most 80",
+        "CannyCross: its first input must have 640 channels", "CannyCross: the bias must have the shape (C), C a",
+        "CannyCross: the residual must have the shape of the result, or that of a part of the batch",
+        "CannyCross: the text must have the batch of the words' weights",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence
 
