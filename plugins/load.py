@@ -31,6 +31,7 @@ CONV_MULTIPLE, CONV_ROWS = 64, 8000  # of the channels and filters, and most pos
 CONV_PLACES = 720  # positions of x that it has room for
 CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
+CAUSAL_WIDTHS = (64,)  # and under a causal mask
 
 
 class PluginError(EngineError):

@@ -7,7 +7,7 @@ import pytest
 import tensorrt_rtx as trt
 
 from plugins import load as loading
-from plugins.load import ADD, ATTENTION, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM, UPDATE
+from plugins.load import ADD, ATTENTION, CAUSAL_WIDTHS, CONV, GEGLU, GROUP_NORM, JOIN, JOIN_NORM, LAYER_NORM, UPDATE
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.plugin_layers import conv_wins
@@ -27,7 +27,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return MAKE[plugin](network, *inputs, **fields)
 
     monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
-    monkeypatch.setattr(Flavour, "has_transformer_plugins", lambda self, width, options: options.attention == "own")
+    monkeypatch.setattr(Flavour, "has_transformer_plugins", has_transformer)
     monkeypatch.setattr(Flavour, "has_residual_plugins", lambda self, options: options.residual == "own")
     # The small model's channels are multiples of 32 only; the stand-in needs no half precision.
     monkeypatch.setattr(loading, "CONV_MULTIPLE", 32)
@@ -51,6 +51,11 @@ def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: An
     served = rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
     beside = not second or (stride == 1 and not second % 32)
     return options.conv == "own" and served and beside and conv_wins(rows, weight)
+
+
+def has_transformer(flavour: Flavour, width: int, options: Options, causal: bool = False) -> bool:
+    """What `has_transformer_plugins` says, for heads of every width where no mask is."""
+    return options.attention == "own" and (not causal or width in CAUSAL_WIDTHS)
 
 
 def out(layer: Any) -> Any:
@@ -101,7 +106,7 @@ def geglu(network: Any, x: Any) -> Any:
     return network.add_elementwise(part(network, x, 0, 2), out(gate), ELEMENT.PROD)
 
 
-def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
+def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, causal: int, scale: float) -> Any:
     assert len(kv) == (0 if joined else 2)
     k, v = [part(network, q, i, 3) for i in (1, 2)] if joined else kv
     q = part(network, q, 0, 3) if joined else q
@@ -116,7 +121,13 @@ def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: fl
     repeated.axis = 0
     by = out(network.add_constant((1, 1, 1, 1), np.full((1, 1, 1, 1), scale, np.float32)))
     q = out(network.add_elementwise(out(repeated), by, ELEMENT.PROD))
-    softmax = network.add_softmax(out(network.add_matrix_multiply(q, MATRIX.NONE, k, MATRIX.TRANSPOSE)))
+    scores = out(network.add_matrix_multiply(q, MATRIX.NONE, k, MATRIX.TRANSPOSE))
+    if causal:
+        tokens, keys = scores.shape[2:]
+        HELD.append(np.triu(np.full((1, 1, tokens, keys), -1e9, np.float32), 1))
+        mask = network.add_constant(HELD[-1].shape, HELD[-1])
+        scores = out(network.add_elementwise(scores, out(mask), ELEMENT.SUM))
+    softmax = network.add_softmax(scores)
     softmax.axes = 1 << 3
     y = out(network.add_matrix_multiply(out(softmax), MATRIX.NONE, v, MATRIX.NONE))
     y = out(shuffled(network, y, (0, 2, 1, 3), (rows, h, w, channels)))
