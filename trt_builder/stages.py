@@ -16,7 +16,7 @@ import numpy as np
 
 from plugins.load import JOIN, JOIN_NORM, UPDATE
 from runtime.steps import COND, STEP
-from trt_builder.clip import text_transformer
+from trt_builder.clip import as_tokens, text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.control import residuals
 from trt_builder.flavour import Flavour
@@ -143,7 +143,8 @@ def clip(stage: Stage) -> None:
     """`tokens` (B, 77) → `context` (B, 77, D), and `<stage>.k<i>`, `<stage>.v<i>` (B, 77, C_i) per cross-attention."""
     config = stage.config
     tokens = stage.input("tokens", (stage.shape.batch, config.clip.max_length), np.int32)
-    context = text_transformer(stage.net(CLIP), config.clip, tokens)
+    net = stage.net(CLIP)
+    context = as_tokens(net, text_transformer(net, config.clip, tokens))
     stage.output("context", context)
     for name in config.consumers():
         for i, (prefix, _) in enumerate(config.attentions(name)):
