@@ -234,11 +234,11 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
     config, shape = ModelConfig.load("tiny"), Shape(128, 128)
     found: Counter[Attention] = Counter()
 
-    def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
+    def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, **fields: Any) -> Any:
         (batch, channels, h, w), keys = q.shape, kv[0].shape[1] if kv else q.shape[2] * q.shape[3]
         rows, width = kv[0].shape[0] if kv else batch, channels // heads // (3 if joined else 1)
         found[Attention(rows, heads, h * w, keys, width, bool(joined), rows // batch)] += 1
-        return plugin_stand_ins.attention(network, q, *kv, heads=heads, joined=joined, scale=scale)
+        return plugin_stand_ins.attention(network, q, *kv, heads=heads, joined=joined, **fields)
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAttention", attention)
@@ -282,11 +282,11 @@ def test_what_our_attention_does_not_do_is_said(caplog: pytest.LogCaptureFixture
     from trt_builder import plugin_layers
 
     plugin_layers._say_once.cache_clear()
-    flavour, own = recording(False, "creator"), Options(attention="own")
-    assert flavour.has_transformer_plugins(40, own) and not caplog.text
-    assert flavour.has_transformer_plugins(40, Options(attention="own", qkv="apart")) and "joined" not in caplog.text
-    assert not flavour.has_transformer_plugins(16, own) and "heads 16 wide is TensorRT's own" in caplog.text
-    assert not flavour.has_transformer_plugins(40, Options("fp32", attention="own"))
+    serves, own = recording(False, "creator").has_transformer_plugins, Options(attention="own")
+    assert serves(40, own) and serves(64, own, causal=True) and serves(40, Options(attention="own", qkv="apart"))
+    assert not caplog.text and not serves(40, Options("fp32", attention="own"))
+    assert not serves(16, own) and "heads 16 wide is TensorRT's own" in caplog.text
+    assert not serves(40, own, causal=True) and "40 wide under a causal mask is TensorRT's own" in caplog.text
 
 
 def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +356,8 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
     for sentence in (
         "it has no field colour", "the field epsilon is missing", "its fields are of version 2", "groups is 0",
         "epsilon is nan", "silu is 7", "row is 2", "must be one float, given once", "heads is 0", "joined is 3",
-        "scale is -1", "CannyAttention: it has no field groups", "its heads are 120 wide",
+        "scale is -1", "CannyAttention: it has no field groups", "its heads are 120 wide", "Attention: causal is 2",
+        "80 wide, but must be 64 where causal is 1", "causal is 1, but 77 queries have 76 keys",
         "k and v must have the shape (a multiple of 2, S, 640)", "must have the shape (B, 3 * heads * width, h, w)",
         "CannyLayerNorm: epsilon is 0.0", "CannyLayerNorm: the field epsilon is missing", "must have 320 numbers",
         "it has 4096 channels, at most 2048", "the shape (B, C, h, w), C a multiple of 16",
@@ -370,9 +371,8 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
         "norm is 1, but only convolutions of size 1", "CannyConv: epsilon is 0.0",
         "the sums of the filters' weights must have the shape (320)", "S, 640), or be maps of 640 channels",
         "C a multiple of 64", "CannyConv: second is 2", "only convolutions of stride 1 without a LayerNorm",
-        "the second map must have the shape (B, E, h, w), E a multiple of 64",
+        "the second map must have the shape (B, E, h, w), E a multiple of 64", "the residual must have the shape",
         "the weight must have the shape (D / 64, 18, 64, 64)", "the weight must have the shape (D / 64, 21, 64, 64)",
-        "the residual must have the shape of the result",
     ):  # fmt: skip
         assert sentence in done.stdout, sentence
 
