@@ -46,7 +46,7 @@ BUILT_IN_ROWS = 32
 CONV_NUMBERS = {1: 7_864_320, 3: 983_040}
 
 # By how much wider than x the weights of a text's words may be, of all heads: the products with them take the place of
-# to_q's and to_out's, and must not become much larger. Of SD 1.5 those over 320 channels are twice as wide.
+# to_q's and to_out's, and must not become much larger. Of SD 1.5 those over 320 channels are twice as wide, and won.
 CROSS_GROWTH = 2
 
 
