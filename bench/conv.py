@@ -31,13 +31,14 @@ from bench.attention import placed, usual_library
 from bench.group_norm import add_shape, graph_us, plan_of, plan_us
 from plugins.call import OnGpu, error, open_library
 from plugins.conv_calls import Conv, conv_on_gpu
+from plugins.cross_calls import Cross, scores, values
 from plugins.load import CONV_ROWS, has_conv_kernel
 from runtime.engine import check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, conv
-from trt_builder.plugin_layers import conv_wins
+from trt_builder.plugin_layers import conv_wins, cross_fits
 from trt_builder.weights import Weights
 
 CACHED = 200 << 20  # bytes of weights that a cache cannot hold: four times an H200's 50 MB
@@ -50,13 +51,14 @@ LIKELY = 4.0  # times the best prediction: a cut that may be the best after all
 
 
 def convolutions(config: ModelConfig, shape: Shape, options: Options = Options()) -> Counter[Conv]:  # noqa: B008
-    """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step, by qkv and
-    layer_norm of the options; by conv, whether two that are added, or a product and its gate, are one launch of ours.
+    """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step, by qkv,
+    layer_norm and cross_attention of the options; by conv, whether two that are added, or a product and its gate, are
+    one launch of ours.
     """
-    deepest, control = max(config.unet.scales), config.control
-    found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, outputs=True))
-    found.update(of_blocks(config.unet, config.unet.encoder_blocks, shape, options, 1, shape.samples))
-    found.update(of_blocks(config.unet, config.unet.output_blocks, shape, options, deepest, shape.batch))
+    unet, control, words = config.unet, config.control, config.clip.max_length
+    found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, words, outputs=True))
+    found.update(of_blocks(unet, unet.encoder_blocks, shape, options, 1, shape.samples, words))
+    found.update(of_blocks(unet, unet.output_blocks, shape, options, max(unet.scales), shape.batch, words))
     return found
 
 
@@ -67,10 +69,11 @@ def of_blocks(
     options: Options,
     scale: int,
     batch: int,
+    words: int,
     outputs: bool = False,
 ) -> Iterator[Conv]:
     """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order, as trt_builder/unet.py
-    has them; with the one of each of ControlNet's `outputs`.
+    has them, texts being so many words; with the one of each of ControlNet's `outputs`.
     """
     ends = {block[-1].prefix for block in blocks}
     for layer, given, made in placed(blocks, shape, scale, batch):
@@ -80,7 +83,7 @@ def of_blocks(
             last = Conv(rows, d, h, w, d, residual_batch=rows)
             yield from [last] if c == d else of_both(last, Conv(rows, c, h, w, d, 1), 0, options)
         elif layer.kind == "transformer":
-            yield from of_transformer(Conv(rows, c, h, w, c, 1), options, shape.batch, config.transformer_depth)
+            yield from of_transformer(Conv(rows, c, h, w, c, 1), options, shape.batch, config, words)
         elif layer.kind == "down":
             yield Conv(rows, c, h, w, d, stride=2)
         else:
@@ -89,9 +92,10 @@ def of_blocks(
             yield Conv(made[0], d, *made[1:], d, 1)
 
 
-def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Iterator[Conv]:
+def of_transformer(plain: Conv, options: Options, batch: int, config: UNetConfig, words: int) -> Iterator[Conv]:
     """Those of a SpatialTransformer, of which the first is given: cond and uncond part in it."""
-    c, before = plain.channels, plain.batch
+    c, before, heads, depth = plain.channels, plain.batch, config.num_heads, config.transformer_depth
+    folds = cross_fits((batch, c, plain.height, plain.width), heads, words, options)
 
     def normed(one: Conv) -> Conv:
         return replace(one, norm=options.layer_norm == "folded" and is_ours(one, options))
@@ -100,9 +104,11 @@ def of_transformer(plain: Conv, options: Options, batch: int, depth: int) -> Ite
     for i in range(depth):
         yield from [normed(plain)] * 3 if options.qkv == "apart" else [normed(replace(plain, filters=3 * c))]
         yield replace(plain, residual_batch=plain.batch)
-        yield normed(plain)
-        was, plain = plain.batch, replace(plain, batch=batch)
-        yield replace(plain, residual_batch=was)
+        was, apart, plain = plain.batch, plain, replace(plain, batch=batch)
+        if folds:
+            yield from (half(batch, c, plain.height, plain.width, heads, was, words) for half in (scores, values))
+        else:
+            yield from (normed(apart), replace(plain, residual_batch=was))
         wide = normed(replace(plain, filters=8 * c))
         yield replace(wide, gate=is_ours(wide, options))
         back = replace(plain, channels=4 * c, residual_batch=batch)
@@ -186,7 +192,7 @@ def kernel_us(on_gpu: OnGpu, one: Conv, replays: int) -> float:
 
 def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replays: int) -> float | None:
     """Microseconds of TensorRT's own, without residual and LayerNorm; None where it cannot be put in a row."""
-    if one.channels != one.filters or one.stride != 1 or one.second:
+    if one.channels != one.filters or one.stride != 1 or one.second or isinstance(one, Cross):
         return None
     depth = max(DEPTH, min(40, -(-CACHED // one.weights)))
     options, shape = Options(), (one.batch, one.channels, one.height, one.width)
@@ -268,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rows", type=int, default=CONV_ROWS, help="positions of the largest map, batch times h times w (%(default)s)")
     add("--qkv", choices=("joined", "apart"), default="joined", help="(%(default)s)")
     add("--layer-norm", choices=("apart", "folded"), default="folded", help="folded: in convolutions (%(default)s)")
+    add("--cross-attention", choices=("apart", "folded"), help="folded: two of a text multiplied out (as --layer-norm)")
     add("--replays", type=int, default=30, help="(%(default)s)")
     for name, what in (
         ("check", "no times: against float64"),
@@ -285,7 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
-        switches = Options(attention="own", qkv=options.qkv, conv="own", layer_norm=options.layer_norm)
+        switches = Options(
+            attention="own", qkv=options.qkv, conv="own", layer_norm=options.layer_norm,
+            cross_attention=options.cross_attention or options.layer_norm,
+        )  # fmt: skip
         counts = served(convolutions(ModelConfig.load(options.model), shape, switches), library, options.rows)
         if options.check:
             return checked(library, counts)
@@ -329,7 +339,7 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
         view.add_row(
             f"{row['batch']}, {row['height']}, {row['width']}",
             f"{row['channels']} + {row['second']}" if row["second"] else str(row["channels"]), str(row["filters"]),
-            "/".join(name for name in ("norm", "gate") if row[name]),
+            ("", "scores", "values")[row.get("cross", 0)] or "/".join(name for name in ("norm", "gate") if row[name]),
             f"{row['size']}/{row['stride']}", str(row["count"]), f"{plan['high']}·{plan['wide']}x{plan['cluster']}",
             str(plan["blocks"]), f"{plan['predicted_us']:.1f}", number(row["kernel"]), number(row["builtin"]),
             f"{best} {swept[best]:.1f}" if best else "-", style="" if row["chosen"] else "dim",

@@ -29,6 +29,7 @@ from bench.attention import placed, usual_library
 from bench.group_norm import add_shape, graph_us
 from plugins.call import Attention, GroupNorm, open_library
 from plugins.conv_calls import Conv
+from plugins.cross_calls import Cross
 from plugins.token_calls import Join, JoinNorm
 from runtime.engine import check, cuda_runtime, gpu
 from runtime.manifest import EngineError
@@ -37,7 +38,7 @@ from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 
 Kernel = Conv | GroupNorm | JoinNorm | Attention
 
-OURS = Options(attention="own", qkv="joined", conv="own", layer_norm="folded")
+OURS = Options(attention="own", qkv="joined", conv="own", layer_norm="folded", cross_attention="folded")
 STAGES = ("control", "unet_encoder", "unet_decoder")
 MAP, BLOCK = 96 << 20, 32 << 20  # bytes: more than any map of a step; of random numbers at a time
 DEVIATION = 0.02  # of weights and maps: sums of thousands of products stay small
@@ -70,7 +71,7 @@ def of_blocks(
     ends = {block[-1].prefix for block in blocks if outputs}
     for layer, (rows, h, w), _ in placed(blocks, shape, scale, batch):
         last = layer.prefix in ends
-        convs = bench.conv.of_blocks(config, [(layer,)], shape, OURS, scale, rows, outputs=last)
+        convs = bench.conv.of_blocks(config, [(layer,)], shape, OURS, scale, rows, words, outputs=last)
         ours: Iterator[Conv | None] = (one if bench.conv.is_ours(one, OURS) else None for one in convs)
         c, skip = layer.channels, joined.get(layer.prefix, 0)
         made: list[Kernel | None]
@@ -80,8 +81,11 @@ def of_blocks(
         elif layer.kind == "transformer":
             over_itself, over_text = attentions(config, rows, shape.batch, c, h * w, words)
             made = [GroupNorm(rows, c, h, w, epsilon=1e-6, silu=False), next(ours)]
-            for _ in range(config.transformer_depth):  # Q, K, V; to_out, to_q; to_out and the feed-forward
-                made += [next(ours), over_itself, next(ours), next(ours), over_text, next(ours), next(ours), next(ours)]
+            for _ in range(config.transformer_depth):
+                made += [next(ours), over_itself, next(ours)]  # Q, K, V; to_out
+                first = next(ours)  # the scores, or to_q
+                made += [first, *([] if isinstance(first, Cross) else [over_text]), next(ours)]
+                made += [next(ours), next(ours)]  # the feed-forward
             made += ours
         else:
             made = list(ours)
@@ -117,7 +121,7 @@ class Memory:
     """Random numbers on the GPU: weights, each kernel's own, and maps, three for each of two streams."""
 
     def __init__(self, own: Resources, weights: int) -> None:
-        self._own, self._rng, self._used = own, np.random.default_rng(0), 0
+        self._own, self._rng, self._used, self._last = own, np.random.default_rng(0), 0, 0
         self._weights = self._random(weights, np.float16)
         self.floats = self._random(1 << 20, np.float32)
         self.maps = [[self._random(MAP, np.float16) for _ in range(3)] for _ in range(2)]
@@ -129,11 +133,12 @@ class Memory:
             check(self._own.cuda.cudaMemcpy(address + at, block.ctypes.data, min(BLOCK, size - at), kind))
         return address
 
-    def weights(self, size: int) -> int:
-        """The address of the next weights."""
-        address = self._weights + self._used
-        self._used += aligned(size)
-        return address
+    def weights(self, one: Conv) -> int:
+        """The address of the next weights; both halves of a cross-attention have the same text."""
+        if not (isinstance(one, Cross) and one.cross == 2):
+            self._last = self._weights + self._used
+            self._used += aligned(one.weights)
+        return self._last
 
     def again(self) -> None:
         """Give the same weights again, to another library."""
@@ -157,7 +162,7 @@ def launch(library: Any, one: Kernel, memory: Memory, maps: tuple[int, int, int]
     call: Any
     if isinstance(one, Conv):
         function, call = library.canny_conv, replace(one, beside=beside).call()
-        places |= {"weight": memory.weights(one.weights), "bias": memory.floats}
+        places |= {"weight": memory.weights(one), "bias": memory.floats}
         wants = {"residual": one.residual_batch, "second": one.second}
         places |= {name: other for name, wanted in wants.items() if wanted}
         places |= {"weight_sums": memory.floats} if one.norm else {}

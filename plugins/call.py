@@ -222,7 +222,7 @@ class CannyAttention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "query_batch", "heads", "tokens", "keys", "width")),
         *((name, ctypes.c_int32) for name in ("q_stride", "kv_stride", "y_stride")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("warps", "groups")),
+        *((name, ctypes.c_int32) for name in ("warps", "groups", "causal")),
     ]
 
 
@@ -232,6 +232,7 @@ class Attention:
 
     joined: Q, K and V lie side by side in one array (B, T, 3·C), as one matrix product makes them; then S is T.
     repeat: how often the queries serve, one batch of k and v after the other.
+    causal: query i has keys 0 to i alone; heads 64 wide, and S is T.
     warps, groups: how a block is cut, as in attention/call.h; 0 leaves it to the kernel.
     """
 
@@ -242,6 +243,7 @@ class Attention:
     width: int
     joined: bool = False
     repeat: int = 1
+    causal: bool = False
     warps: int = 0
     groups: int = 0
 
@@ -273,6 +275,8 @@ class Attention:
         )
         q = np.concatenate([q] * self.repeat)
         scores = q @ k.transpose(0, 1, 3, 2) * self.width**-0.5
+        if self.causal:
+            scores[..., ~np.tri(self.tokens, self.keys, dtype=bool)] = -np.inf
         weights = np.exp(scores - scores.max(axis=3, keepdims=True))
         y = weights / weights.sum(axis=3, keepdims=True) @ v
         return y.transpose(0, 2, 1, 3).reshape(self.batch, self.tokens, self.channels)
@@ -292,7 +296,7 @@ class Attention:
         return CannyAttention(
             batch=self.batch, query_batch=self.batch // self.repeat, heads=self.heads, tokens=self.tokens,
             keys=self.keys, width=self.width, q_stride=stride, kv_stride=stride, y_stride=self.channels,
-            scale=self.width**-0.5, warps=self.warps, groups=self.groups,
+            scale=self.width**-0.5, warps=self.warps, groups=self.groups, causal=self.causal,
         )  # fmt: skip
 
     def place(self, call: CannyAttention) -> None:

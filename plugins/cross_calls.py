@@ -57,8 +57,8 @@ class Cross(Conv):
         return call
 
     def arrays(self, seed: int = 0, mean: float = 0.0) -> dict[str, np.ndarray]:
-        """A text (B, words, columns) that makes scores of a deviation of about 2; and random x (b, h, w, C) of a mean and
-        deviation 1, or the weights of words (B, h, w, heads · 80), bias (C) and residual.
+        """A text (B, words, columns) that makes scores of a deviation of about 2; and random x (b, h, w, C) of a mean
+        and deviation 1, or the weights of words (B, h, w, heads · 80), bias (C) and residual.
         """
         rng, heads, channels = np.random.default_rng(seed), self.heads, self.map_channels
         text = rng.standard_normal((self.batch, self.words, self.text_pitch), np.float32)

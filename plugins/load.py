@@ -33,6 +33,7 @@ CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 CROSS_WORDS, CROSS_HEADS = 80, 4  # most words of a text, each head's columns; heads must be a multiple of the latter
 TEXT_MULTIPLE = 256  # of a text's columns, so that tiles of all widths can make them
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
+CAUSAL_WIDTHS = (64,)  # and under a causal mask
 
 
 class PluginError(EngineError):

@@ -249,15 +249,16 @@ int main(int, char** arguments) {
     MUST(refused([](Given& g) { g.fields[4] = {"epsilon", &g.epsilon, PluginFieldType::kFLOAT64, 1}; }));
 
     auto& attention = *static_cast<Creator*>(entry(count)[1]);
-    MUST(!std::strcmp(attention.getPluginName(), "CannyAttention") && attention.getFieldNames()->nbFields == 4);
+    MUST(!std::strcmp(attention.getPluginName(), "CannyAttention") && attention.getFieldNames()->nbFields == 5);
     struct Heads : Given {
-        int32_t heads = 8, joined = 1;
+        int32_t heads = 8, joined = 1, causal = 0;
         float scale = 0.125f;
         Heads() {
             fields = {
                 {"version", &version, PluginFieldType::kINT32, 1},
                 {"heads", &heads, PluginFieldType::kINT32, 1},
                 {"joined", &joined, PluginFieldType::kINT32, 1},
+                {"causal", &causal, PluginFieldType::kINT32, 1},
                 {"scale", &scale, PluginFieldType::kFLOAT32, 1}
             };
         }
@@ -308,9 +309,27 @@ int main(int, char** arguments) {
     configure(*three, tensors, false, 3);
     describe(2, dims({2, 640, 8, 12}), half, linear);
     MUST(!build_side(*three).supportsFormatCombination(2, tensors.data(), 3, 1));
-    end(one);
-    end(three);
-    wrong.heads = 0;
+    Heads masked;
+    masked.causal = 1, masked.joined = 0;
+    Plugin* behind = create(attention, masked);
+    auto causal = [&](int32_t channels, int32_t keys) {
+        describe(0, dims({2, channels, 1, 77}), half, last8);
+        for (int i : {1, 2}) describe(i, dims({2, keys, channels}), half, linear);
+    };
+    causal(512, 77);
+    configure(*behind, tensors, true, 3);
+    causal(512, 76);
+    configure(*behind, tensors, false, 3);
+    causal(640, 77);
+    configure(*behind, tensors, false, 3);
+    masked.joined = 1;
+    Plugin* together = create(attention, masked);
+    describe(0, dims({2, 1536, 1, 77}), half, last8);
+    configure(*together, tensors, true, 1);
+    for (Plugin* each : {one, three, behind, together}) end(each);
+    wrong.causal = 2;
+    MUST(!create(attention, wrong));
+    wrong.causal = 0, wrong.heads = 0;
     MUST(!create(attention, wrong));
     wrong.heads = 8, wrong.joined = 3;
     MUST(!create(attention, wrong));

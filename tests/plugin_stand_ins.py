@@ -11,6 +11,7 @@ from plugins import load as loading
 from plugins.load import (
     ADD,
     ATTENTION,
+    CAUSAL_WIDTHS,
     CONV,
     CROSS,
     CROSS_WORDS,
@@ -41,7 +42,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return MAKE[plugin](network, *inputs, **fields)
 
     monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
-    monkeypatch.setattr(Flavour, "has_transformer_plugins", lambda self, width, options: options.attention == "own")
+    monkeypatch.setattr(Flavour, "has_transformer_plugins", has_transformer)
     monkeypatch.setattr(Flavour, "has_residual_plugins", lambda self, options: options.residual == "own")
     # The small model's channels are multiples of 32 only; the stand-in needs no half precision.
     monkeypatch.setattr(loading, "CONV_MULTIPLE", 32)
@@ -73,6 +74,11 @@ def cross_fits(shape: Any, heads: int, words: int, options: Options) -> bool:
     """What `plugin_layers.cross_fits` says, for smaller maps, channels and heads."""
     batch, channels, h, w = shape
     return options.cross_attention == "folded" and batch * h * w <= 128 and not channels % 32 and words <= CROSS_WORDS
+
+
+def has_transformer(flavour: Flavour, width: int, options: Options, causal: bool = False) -> bool:
+    """What `has_transformer_plugins` says, for heads of every width where no mask is."""
+    return options.attention == "own" and (not causal or width in CAUSAL_WIDTHS)
 
 
 def out(layer: Any) -> Any:
@@ -123,7 +129,7 @@ def geglu(network: Any, x: Any) -> Any:
     return network.add_elementwise(part(network, x, 0, 2), out(gate), ELEMENT.PROD)
 
 
-def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
+def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, causal: int, scale: float) -> Any:
     assert len(kv) == (0 if joined else 2)
     k, v = [part(network, q, i, 3) for i in (1, 2)] if joined else kv
     q = part(network, q, 0, 3) if joined else q
@@ -138,7 +144,13 @@ def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: fl
     repeated.axis = 0
     by = out(network.add_constant((1, 1, 1, 1), np.full((1, 1, 1, 1), scale, np.float32)))
     q = out(network.add_elementwise(out(repeated), by, ELEMENT.PROD))
-    softmax = network.add_softmax(out(network.add_matrix_multiply(q, MATRIX.NONE, k, MATRIX.TRANSPOSE)))
+    scores = out(network.add_matrix_multiply(q, MATRIX.NONE, k, MATRIX.TRANSPOSE))
+    if causal:
+        tokens, keys = scores.shape[2:]
+        HELD.append(np.triu(np.full((1, 1, tokens, keys), -1e9, np.float32), 1))
+        mask = network.add_constant(HELD[-1].shape, HELD[-1])
+        scores = out(network.add_elementwise(scores, out(mask), ELEMENT.SUM))
+    softmax = network.add_softmax(scores)
     softmax.axes = 1 << 3
     y = out(network.add_matrix_multiply(out(softmax), MATRIX.NONE, v, MATRIX.NONE))
     y = out(shuffled(network, y, (0, 2, 1, 3), (rows, h, w, channels)))
@@ -275,7 +287,7 @@ def normalised(network: Any, x: Any, y: Any, weight_sums: Any, bias: Any, epsilo
 def cross(network: Any, x: Any, text: Any, *rest: Any, values: int, heads: int, beside: int, epsilon: float) -> Any:
     """Either half of a cross-attention over a text that is multiplied out; the mean of x is not taken away here."""
     batch, columns, _, words = text.shape
-    channels = (columns - loading.CONV_MULTIPLE) // heads // 2
+    channels = (columns - loading.TEXT_MULTIPLE) // heads // 2
     h, w = x.shape[2:]
 
     def one(what: str, a: Any, b: Any) -> Any:

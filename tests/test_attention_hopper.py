@@ -173,7 +173,8 @@ def test_how_a_call_is_cut(emulator: Any, attention: Attention, blocks: int, gro
 @pytest.mark.parametrize(
     "changes",
     [{"width": 64}, {"width": 160}, {"tokens": 0}, {"heads": 8200}, {"keys": 500}, {"warps": 6}, {"groups": 2},
-     {"groups": -1}, {"warps": -4}, {"warps": -1, "groups": 9}, {"warps": -1, "keys": 64, "groups": 2}],
+     {"groups": -1}, {"warps": -4}, {"warps": -1, "groups": 9}, {"warps": -1, "keys": 64, "groups": 2},
+     {"causal": True}],
     ids=str,
 )  # fmt: skip
 def test_shapes_that_other_kernels_have(emulator: Any, changes: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ from plugins import load as loading  # noqa: E402
 from plugins.call import Attention  # noqa: E402
 from plugins.conv_calls import Conv  # noqa: E402
 from plugins.load import fold_norm, text_columns  # noqa: E402
-from trt_builder.config import ModelConfig, Options, Shape  # noqa: E402
+from trt_builder.clip import has_own_encoder  # noqa: E402
+from trt_builder.config import CLIPConfig, ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import Flavour, get_flavour  # noqa: E402
 from trt_builder.layers import Net  # noqa: E402
 from trt_builder.text import folded_texts  # noqa: E402
@@ -180,6 +181,74 @@ def test_attention_of_our_plugins_with_q_k_and_v_apart(monkeypatch: pytest.Monke
     assert "CannyConv" not in added and added.count("CannyLayerNorm") == 3 * added.count("CannyGeglu") > 0
 
 
+def of_any_size(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Options, second: int = 0) -> bool:
+    """`has_conv_plugin` for stand-ins over every map."""
+    return options.conv == "own"
+
+
+OWN_TEXT = {"CannyAttention": 2, "CannyConv": 8, "CannyLayerNorm": 5}  # of two layers, with every LayerNorm apart
+
+
+@pytest.mark.parametrize(
+    ("switches", "expected"),
+    [
+        ({}, OWN_TEXT), ({"layer_norm": "folded"}, OWN_TEXT | {"CannyLayerNorm": 1}),
+        ({"layer_norm": "folded", "qkv": "apart"}, OWN_TEXT | {"CannyLayerNorm": 1, "CannyConv": 12}),
+        ({"conv": "builtin"}, {}), ({"attention": "fused"}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_text_encoder(
+    monkeypatch: pytest.MonkeyPatch, samples: int, switches: dict[str, Any], expected: dict[str, int]
+) -> None:
+    """Four convolutions and an attention a layer, which do everything but quick GELU; the last LayerNorm is left."""
+    added = plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setattr(Flavour, "has_conv_plugin", of_any_size)
+    options = Options("fp32", **{"attention": "own", "conv": "own", **switches})
+    shape = Shape(64, 64, samples=samples, steps=3)
+    check("clip", "wide", shape, options)
+    assert Counter(added) == expected
+    names = [layer.name for layer in Defined("clip", "wide", shape, options, arrays("wide")).layers]
+    turned = [sum(name.endswith(f":{what}") for name in names) for what in ("to_map", "to_tokens")]
+    assert turned == [bool(expected)] * 2
+
+
+def test_a_text_encoder_without_its_mask_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(network: Any, *inputs: Any, causal: int, **fields: Any) -> Any:
+        assert causal
+        return plugin_stand_ins.attention(network, *inputs, causal=0, **fields)
+
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setattr(Flavour, "has_conv_plugin", of_any_size)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAttention", attention)
+    with pytest.raises(AssertionError, match="context"):
+        check("clip", "wide", SMALL, Options("fp32", attention="own", conv="own"))
+
+
+def test_the_small_text_encoder_has_heads_that_our_plugin_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setattr(Flavour, "has_conv_plugin", of_any_size)
+    check("clip", "tiny", SMALL, Options("fp32", attention="own", conv="own", layer_norm="folded"))
+    assert not added
+
+
+def test_which_text_encoders_are_our_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with heads 64 wide, as SD 1.5 has, in half precision, with as many samples as our convolutions win for."""
+    monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
+
+    def served(samples: int = 1, width: int = 768, heads: int = 12, **switches: Any) -> bool:
+        layer, ours = "encoder.layers.0.", {"attention": "own", "conv": "own"}
+        sizes = {"self_attn.out_proj": (width, width), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        weights = Weights.from_dict({f"{layer}{name}.weight": np.zeros(size) for name, size in sizes.items()})
+        net = Net(None, get_flavour("tensorrt_rtx"), weights, Options(**ours | switches), "", "", np.float16)  # type: ignore[arg-type]
+        return has_own_encoder(net, CLIPConfig(width, 1, heads), (2 * samples, width, 1, 77))
+
+    assert served() and served(16) and served(width=512, heads=8) and served(qkv="apart", layer_norm="folded")
+    assert not served(17) and not served(heads=16) and not served(width=200, heads=5) and not served(precision="fp32")
+    assert not served(conv="builtin") and not served(attention="fused")
+
+
 def test_a_fold_needs_our_convolutions_and_numbers_that_fit() -> None:
     with pytest.raises(ValueError, match="unless attention and conv are 'own'"):
         Options(attention="own", layer_norm="folded")
@@ -196,11 +265,11 @@ def test_the_builder_gives_attention_to_the_plugin(monkeypatch: pytest.MonkeyPat
     config, shape = ModelConfig.load("tiny"), Shape(128, 128)
     found: Counter[Attention] = Counter()
 
-    def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, scale: float) -> Any:
+    def attention(network: Any, q: Any, *kv: Any, heads: int, joined: int, **fields: Any) -> Any:
         (batch, channels, h, w), keys = q.shape, kv[0].shape[1] if kv else q.shape[2] * q.shape[3]
         rows, width = kv[0].shape[0] if kv else batch, channels // heads // (3 if joined else 1)
         found[Attention(rows, heads, h * w, keys, width, bool(joined), rows // batch)] += 1
-        return plugin_stand_ins.attention(network, q, *kv, heads=heads, joined=joined, scale=scale)
+        return plugin_stand_ins.attention(network, q, *kv, heads=heads, joined=joined, **fields)
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyAttention", attention)

@@ -227,11 +227,11 @@ def test_what_our_attention_does_not_do_is_said(caplog: pytest.LogCaptureFixture
     from trt_builder import plugin_layers
 
     plugin_layers._say_once.cache_clear()
-    flavour, own = recording(False, "creator"), Options(attention="own")
-    assert flavour.has_transformer_plugins(40, own) and not caplog.text
-    assert flavour.has_transformer_plugins(40, Options(attention="own", qkv="apart")) and "joined" not in caplog.text
-    assert not flavour.has_transformer_plugins(16, own) and "heads 16 wide is TensorRT's own" in caplog.text
-    assert not flavour.has_transformer_plugins(40, Options("fp32", attention="own"))
+    serves, own = recording(False, "creator").has_transformer_plugins, Options(attention="own")
+    assert serves(40, own) and serves(64, own, causal=True) and serves(40, Options(attention="own", qkv="apart"))
+    assert not caplog.text and not serves(40, Options("fp32", attention="own"))
+    assert not serves(16, own) and "heads 16 wide is TensorRT's own" in caplog.text
+    assert not serves(40, own, causal=True) and "40 wide under a causal mask is TensorRT's own" in caplog.text
 
 
 def test_which_convolutions_are_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,8 @@ def test_adapters_compile_and_do_what_tensorrt_asks(adapter: tuple[Path, Path], 
     for sentence in (
         "it has no field colour", "the field epsilon is missing", "its fields are of version 2", "groups is 0",
         "epsilon is nan", "silu is 7", "row is 2", "must be one float, given once", "heads is 0", "joined is 3",
-        "scale is -1", "CannyAttention: it has no field groups", "its heads are 120 wide",
+        "scale is -1", "CannyAttention: it has no field groups", "its heads are 120 wide", "Attention: causal is 2",
+        "80 wide, but must be 64 where causal is 1", "causal is 1, but 77 queries have 76 keys",
         "k and v must have the shape (a multiple of 2, S, 640)", "must have the shape (B, 3 * heads * width, h, w)",
         "CannyLayerNorm: epsilon is 0.0", "CannyLayerNorm: the field epsilon is missing", "must have 320 numbers",
         "it has 4096 channels, at most 2048", "the shape (B, C, h, w), C a multiple of 16",

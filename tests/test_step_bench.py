@@ -10,10 +10,12 @@ import pytest
 from bench.attention import attentions
 from bench.conv import convolutions, is_ours
 from bench.group_norm import norms
-from bench.step import MAP, OURS, STAGES, Kernel, kernels, launches, main
+from bench.step import MAP, OURS, STAGES, Kernel, Memory, kernels, launches, main
 from plugins.call import Attention, GroupNorm
 from plugins.conv_calls import Conv
+from plugins.cross_calls import Cross, scores, values
 from plugins.token_calls import JoinNorm
+from runtime.memory import aligned
 from trt_builder.config import ModelConfig, Shape
 
 SHAPE = Shape(256, 384, 1)
@@ -29,7 +31,9 @@ def test_every_convolution_and_attention_of_a_step_is_there(stages: dict[str, li
     made = [one for some in stages.values() for one in some]
     ours = {one: count for one, count in convolutions(CONFIG, SHAPE, OURS).items() if is_ours(one, OURS)}
     assert Counter(one for one in made if isinstance(one, Conv)) == ours
-    assert Counter(one for one in made if isinstance(one, Attention)) == attentions(CONFIG, SHAPE)
+    over_itself = Counter({one: count for one, count in attentions(CONFIG, SHAPE).items() if one.joined})
+    assert Counter(one for one in made if isinstance(one, Attention)) == over_itself
+    assert sum(isinstance(one, Cross) for one in made) == 2 * over_itself.total()
 
 
 def test_every_group_norm_is_there(stages: dict[str, list[Kernel]]) -> None:
@@ -43,20 +47,11 @@ def test_every_group_norm_is_there(stages: dict[str, list[Kernel]]) -> None:
 
 def test_kernels_follow_each_other_as_in_the_networks(stages: dict[str, list[Kernel]]) -> None:
     """The first ResBlock and transformer of the UNet: each reads as many channels as the one before it made."""
-    res, transformer = stages["unet_encoder"][:4], stages["unet_encoder"][4:15]
+    res, transformer = stages["unet_encoder"][:4], stages["unet_encoder"][4:14]
     names = [type(one).__name__ for one in (*res, *transformer)]
     assert names[:4] == ["GroupNorm", "Conv", "GroupNorm", "Conv"]
-    assert names[4:] == [
-        "GroupNorm",
-        "Conv",
-        "Conv",
-        "Attention",
-        "Conv",
-        "Conv",
-        "Attention",
-        *["Conv"] * 3,
-        "GroupNorm",
-    ]
+    of_transformer = ["GroupNorm", "Conv", "Conv", "Attention", "Conv", "Cross", "Cross", "Conv", "Conv", "GroupNorm"]
+    assert names[4:] == of_transformer
     qkv, over_itself = transformer[2:4]
     assert isinstance(qkv, Conv) and isinstance(over_itself, Attention)
     assert qkv.filters == 3 * over_itself.channels and over_itself.joined
@@ -64,10 +59,10 @@ def test_kernels_follow_each_other_as_in_the_networks(stages: dict[str, list[Ker
 
 def test_what_each_is_given(stages: dict[str, list[Kernel]]) -> None:
     """Every address that a kernel wants, maps in turn, weights one after the other, and maps that have room."""
-    used: list[int] = []
+    used: list[Conv] = []
 
-    def weights(size: int) -> int:
-        used.append(size)
+    def weights(one: Conv) -> int:
+        used.append(one)
         return 1 << 20
 
     memory: Any = SimpleNamespace(maps=[[1 << 30, 2 << 30, 3 << 30]] * 2, floats=1 << 10, weights=weights)
@@ -92,7 +87,15 @@ def test_what_each_is_given(stages: dict[str, list[Kernel]]) -> None:
             else:
                 assert not missing
             launch(0)
-    assert sum(used) == sum(one.weights for some in stages.values() for one in some if isinstance(one, Conv))
+    assert used == [one for stage in STAGES for one in stages[stage] if isinstance(one, Conv)]
+
+
+def test_both_halves_of_a_cross_attention_read_one_text() -> None:
+    memory = Memory.__new__(Memory)
+    memory._weights, memory._used, memory._last = 1 << 20, 0, 0
+    plain, first, second = Conv(2, 64, 4, 6, 64), scores(2, 320, 4, 6, 8, 1), values(2, 320, 4, 6, 8, 1)
+    at = [memory.weights(one) for one in (plain, first, second, plain)]
+    assert at[1] == at[2] == at[0] + plain.weights and at[3] == at[1] + aligned(first.weights)
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,8 +26,7 @@ def attention(
     head of the autoencoder (512) does not. A map q (B, C, h, w) gives a map, by our plugin; k and v may be maps, too.
     """
     if len(q.shape) == 4:
-        scale = (q.shape[1] // heads) ** -0.5
-        return own(net, ATTENTION, [q, k, v], "attention", heads=heads, joined=0, scale=scale)
+        return own_attention(net, [q, k, v], heads, q.shape[1] // heads, causal)
     q = match_batch(net, q, k.shape[0])
     tokens, keys, channels = q.shape[1], k.shape[1], q.shape[2]
     q, k, v = (split_heads(net, t, heads, what) for t, what in ((q, "q"), (k, "k"), (v, "v")))  # (B, heads, T, d)
@@ -42,15 +42,21 @@ def attention(
 
 
 def attention_over_itself(
-    net: Net, norm: Net, x: trt.ITensor, heads: int, parts: tuple[str, str, str]
+    net: Net, norm: Net, x: trt.ITensor, heads: int, parts: tuple[str, str, str], causal: bool = False
 ) -> trt.ITensor:  # fmt: skip
     """Multi-head attention of x, tokens (B, T, C) or a map, over itself, Q, K, V by linear layers of its LayerNorm."""
     if len(x.shape) != 4:
         q, k, v = self_qkv(net, layer_norm(norm, x), parts)
-        return attention(net, q, k, v, heads)
-    joined, scale = net.options.qkv == "joined", (x.shape[1] // heads) ** -0.5
+        return attention(net, q, k, v, heads, causal)
+    joined = net.options.qkv == "joined"
     inputs = linear_after(norm, x, [(net, parts)] if joined else [(net.at(part), ()) for part in parts])
-    return own(net, ATTENTION, inputs, "attention", heads=heads, joined=int(joined), scale=scale)
+    return own_attention(net, inputs, heads, x.shape[1] // heads, causal)
+
+
+def own_attention(net: Net, inputs: Sequence[trt.ITensor], heads: int, width: int, causal: bool) -> trt.ITensor:
+    """Attention by our plugin of heads of this width: of Q, K and V, or of one map (B, 3·C, h, w) that has all."""
+    fields: dict[str, float] = {"heads": heads, "joined": int(len(inputs) == 1), "causal": int(causal)}
+    return own(net, ATTENTION, inputs, "attention", **fields, scale=width**-0.5)
 
 
 def plain_attention(

@@ -341,7 +341,7 @@ class Options:
     precision: of weights, feature maps and matrix products; the guidance and the update stay in float32.
     attention: "fused" is the form that TensorRT has one kernel for, "plain" two matrix products around a softmax; with
         "own" the UNet's transformers stay channels-last maps, of 1×1 convolutions and the plugins of plugins/ for
-        LayerNorm, attention and GEGLU, where those serve, and elsewhere the fused form.
+        LayerNorm, attention and GEGLU, where those serve, and elsewhere the fused form; so does CLIP, if conv is "own".
     qkv: Q, K and V of a self-attention in one matrix product, or apart.
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
     boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".

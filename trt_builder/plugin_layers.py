@@ -11,6 +11,7 @@ import numpy as np
 
 from plugins.load import (
     ATTENTION_WIDTHS,
+    CAUSAL_WIDTHS,
     CONV,
     CONV_CAPABILITY,
     CONV_MULTIPLE,
@@ -45,7 +46,7 @@ BUILT_IN_ROWS = 32
 CONV_NUMBERS = {1: 7_864_320, 3: 983_040}
 
 # By how much wider than x the weights of a text's words may be, of all heads: the products with them take the place of
-# to_q's and to_out's, and must not become much larger. Of SD 1.5 those over 320 channels are twice as wide.
+# to_q's and to_out's, and must not become much larger. Of SD 1.5 those over 320 channels are twice as wide, and won.
 CROSS_GROWTH = 2
 
 
@@ -191,8 +192,8 @@ class PluginLayers:
         plugin = self._built_in().create_plugin(name, trt_.PluginFieldCollection(fields))
         return network.add_plugin_v2(list(inputs), plugin)
 
-    def has_transformer_plugins(self, width: int, options: Options) -> bool:
-        """Whether our plugins serve a SpatialTransformer with heads of this width.
+    def has_transformer_plugins(self, width: int, options: Options, causal: bool = False) -> bool:
+        """Whether our plugins serve a transformer over a map with heads of this width, under a causal mask or not.
 
         Raises FlavourError where they are demanded and cannot be had at all.
         """
@@ -200,9 +201,10 @@ class PluginLayers:
             return False
         for plugin in TRANSFORMER:
             self._need(plugin, "attention")
-        if width in ATTENTION_WIDTHS and options.precision == "fp16":
+        if width in (CAUSAL_WIDTHS if causal else ATTENTION_WIDTHS) and options.precision == "fp16":
             return True
-        _say_once(f"attention of {options.precision} heads {width} wide is TensorRT's own: the plugin has none for it")
+        what = f"{options.precision} heads {width} wide{' under a causal mask' if causal else ''}"
+        _say_once(f"attention of {what} is TensorRT's own: the plugin has none for it")
         return False
 
     def has_residual_plugins(self, options: Options) -> bool:

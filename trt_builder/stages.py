@@ -16,7 +16,7 @@ import numpy as np
 
 from plugins.load import UPDATE, text_columns
 from runtime.steps import COND, STEP
-from trt_builder.clip import text_transformer
+from trt_builder.clip import as_tokens, text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
 from trt_builder.control import residuals
 from trt_builder.flavour import Flavour
@@ -155,12 +155,14 @@ def clip(stage: Stage) -> None:
     """
     config = stage.config
     tokens = stage.input("tokens", (stage.shape.batch, config.clip.max_length), np.int32)
-    context = text_transformer(stage.net(CLIP), config.clip, tokens)
+    net = stage.net(CLIP)
+    made = text_transformer(net, config.clip, tokens)
+    context = as_tokens(net, made)
     stage.output("context", context)
 
     @cache  # one for all who take it
     def words() -> trt.ITensor:
-        return as_map(stage.net(CLIP), context)
+        return made if len(made.shape) == 4 else as_map(net, context)
 
     for name in config.consumers():
         for i, one in enumerate(cross_attentions(config, name)):

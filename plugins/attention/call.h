@@ -16,4 +16,5 @@ struct CannyAttention {
     // How a block is cut; 0: chosen from the shape. With `groups` -1 no kernel for compute capability 9.0 alone is
     // taken, with `warps` -1 to -3 no other: of as many warpgroups, and `groups` blocks of a cluster.
     int32_t warps, groups;
+    int32_t causal;  // 0, or 1: query i has keys 0 to i alone; heads 64 wide, as many keys as tokens
 };

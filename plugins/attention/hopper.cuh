@@ -317,7 +317,7 @@ template <typename Launch>
 bool run_hopper_attention(const CannyAttention& call, Launch&& launch) {
     bool forced = call.warps < 0 && call.warps >= -kHopperMostGroups && call.groups >= 0;
     bool many = call.width == 40 ? call.keys >= 1024 : call.keys >= 256;
-    if (!forced && (call.warps || call.groups || !many)) return false;
+    if (call.causal || (!forced && (call.warps || call.groups || !many))) return false;
     bool sizes = call.batch > 0 && call.query_batch > 0 && call.heads > 0 && call.tokens > 0 && call.keys > 0;
     if (!sizes || int64_t(call.batch) * call.heads > kHopperMostHeads || call.tokens > kHopperMostTokens) return false;
     if (call.q_stride % 8 || call.kv_stride % 8 || call.y_stride % 8) return false;

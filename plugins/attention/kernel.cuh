@@ -6,6 +6,9 @@
 //
 // A block has `groups` groups of `warps` warps with the same queries; the groups take the tiles of keys in turn, each
 // in shared memory of its own and at its own pace, and merge what they found at the end, always in the same order.
+//
+// Under a causal mask query i has keys 0 to i alone. Then a block has no tile beyond its last query, and a warp leaves out
+// those beyond its own; a group of warps may so be without any, which the merge weighs by 0.
 #pragma once
 
 #include "../clusters.cuh"
@@ -29,8 +32,10 @@ __host__ __device__ constexpr int32_t most_groups(int32_t width, int32_t keys) {
 }
 
 // One warp and its group's shared memory.
-template <int D, int kKeys, int kRows>
+template <int D, int kKeys, int kRows, bool kCausal = false>
 struct AttentionBlock {
+    // So that a tile which begins no later than a warp's first query has a key for each of them.
+    static_assert(!kCausal || (kRows == 1 && kKeys % 16 == 0));
     static constexpr int kPitch = row_pitch(D), kTiles = kKeys / 8, kWide = D / 8, kStage = 2 * kKeys * kPitch;
     using Queries = uint32_t[kRows][D / 4];
     using Scores = float[kRows][kTiles][4];
@@ -68,9 +73,19 @@ struct AttentionBlock {
     __device__ __forceinline__ int32_t first() const { return thread / 32 * 16 * kRows; }
     __device__ __forceinline__ int32_t queries_before() const { return blockIdx.x * p.warps * 16 * kRows; }
 
+    // Keys that any query of this block has.
+    __device__ __forceinline__ int32_t keys() const {
+        return kCausal ? min(p.keys, queries_before() + p.warps * 16 * kRows) : p.keys;
+    }
+
+    // Under a causal mask: how many keys of a tile the first query of this warp has; each after it has one more.
+    __device__ __forceinline__ int32_t seen(int32_t tile) const {
+        return queries_before() + first() + 1 - tile * kKeys;
+    }
+
     // Begin to copy a tile, the group's number `turn`.
     __device__ __forceinline__ void begin(int32_t tile, int32_t turn) const {
-        int32_t start = tile * kKeys, left = p.keys - start;
+        int32_t start = tile * kKeys, left = keys() - start;
         uint32_t first = (blockIdx.z * p.keys + start) * p.kv_stride + blockIdx.y * D;
         for (int32_t i = thread; i < kKeys * kWide; i += threads) {
             int32_t key = i / kWide, column = i % kWide * 8, to = key * kPitch + column;
@@ -94,7 +109,7 @@ struct AttentionBlock {
             }
     }
 
-    // Scores of the warp's queries with the keys of a tile, those that do not exist far below the others.
+    // Scores of the warp's queries with the keys of a tile, those that a query does not have far below the others.
     __device__ __forceinline__ void score(Scores& s, const Queries& q, int32_t tile, int32_t turn) const {
         const __half* stage = keys_of(turn);
 #pragma unroll
@@ -123,11 +138,13 @@ struct AttentionBlock {
                 if (n + i / kRows < kTiles)
                     multiply(s[i % kRows][n + i / kRows], q[i % kRows] + D / 16 * 4, b[i / kRows]);
         }
-        int32_t left = p.keys - tile * kKeys;
-        if (left >= kKeys) return;
+        int32_t left = keys() - tile * kKeys;
+        if (left >= kKeys && (!kCausal || seen(tile) >= kKeys)) return;
 #pragma unroll
-        for (int i = 0; i < kRows * kTiles * 4; i++)
-            if (i / 4 % kTiles * 8 + pair + i % 2 >= left) s[i / 4 / kTiles][i / 4 % kTiles][i % 4] = kFar;
+        for (int i = 0; i < kRows * kTiles * 4; i++) {
+            int32_t most = kCausal ? min(left, seen(tile) + row + i % 4 / 2 * 8) : left;
+            if (i / 4 % kTiles * 8 + pair + i % 2 >= most) s[i / 4 / kTiles][i / 4 % kTiles][i % 4] = kFar;
+        }
     }
 
     // Exponentials are over a maximum that may be too low by kHeadroom, so that few tiles raise it and shrink the sums.
@@ -251,11 +268,11 @@ struct AttentionBlock {
 };
 
 // Grid: blocks of 16·kRows queries a warp, heads, B.
-template <int D, int kKeys, int kRows>
+template <int D, int kKeys, int kRows, bool kCausal>
 __global__ void __launch_bounds__(most_threads(D, kKeys)) attention(const CannyAttention p) {
-    using Block = AttentionBlock<D, kKeys, kRows>;
+    using Block = AttentionBlock<D, kKeys, kRows, kCausal>;
     Block block(p);
-    int32_t tiles = (p.keys + kKeys - 1) / kKeys, turn = 0;
+    int32_t tiles = (block.keys() + kKeys - 1) / kKeys, turn = 0;
     wait_for_previous();
     if (block.group < tiles) block.begin(block.group, 0);
     typename Block::Queries queries;
@@ -267,6 +284,7 @@ __global__ void __launch_bounds__(most_threads(D, kKeys)) attention(const CannyA
         copies_wait<0>();
         group_sync<most_groups(D, kKeys)>(block.group, block.threads);  // the tile is there, the one before done with
         if (tile + p.groups < tiles) block.begin(tile + p.groups, turn + 1);
+        if (kCausal && block.seen(tile) < 1) continue;
         typename Block::Scores scores;
         block.score(scores, queries, tile, turn);
         block.raise(y, most, scores);
@@ -308,14 +326,14 @@ CannyAttention cut(CannyAttention call) {
     return call;
 }
 
-template <int D, int kKeys, int kRows, typename Launch>
+template <int D, int kKeys, int kRows, bool kCausal = false, typename Launch>
 bool run_attention(const CannyAttention& given, Launch&& launch) {
     if (given.warps < 0 || given.warps > 12) return false;
     CannyAttention call = cut<D, kKeys, kRows>(given);
     if (!fits<D, kKeys, kRows>(call)) return false;
     dim3 grid(ceil_div(call.tokens, 16 * kRows * call.warps), call.heads, call.batch);
     auto bytes = int32_t(AttentionBlock<D, kKeys, kRows>::shared_bytes(call));
-    return launch(attention<D, kKeys, kRows>, grid, 32 * call.warps * call.groups, bytes, call);
+    return launch(attention<D, kKeys, kRows, kCausal>, grid, 32 * call.warps * call.groups, bytes, call);
 }
 
 // Do a call with `launch(kernel, grid, threads, bytes of shared memory, call)`; false where its shape has no kernel.
@@ -325,9 +343,12 @@ bool run_attention(const CannyAttention& call, Launch&& launch) {
     if (!sizes || call.batch > 65535 || call.heads > 65535) return false;
     if (int64_t(call.batch) * call.keys * call.kv_stride > INT32_MAX) return false;
     if (call.q_stride % 8 || call.kv_stride % 8 || call.y_stride % 8) return false;
+    if (call.causal && (call.width != 64 || call.tokens != call.keys)) return false;
     // One tile for the 77 words; of wide heads, whose tokens are few, many small tiles and so groups.
     bool one = call.keys <= 80;
     if (call.width == 40) return one ? run_attention<40, 80, 1>(call, launch) : run_attention<40, 48, 2>(call, launch);
+    if (call.causal)
+        return one ? run_attention<64, 80, 1, true>(call, launch) : run_attention<64, 32, 1, true>(call, launch);
     if (call.width == 64) return one ? run_attention<64, 80, 1>(call, launch) : run_attention<64, 32, 1>(call, launch);
     if (call.width == 80) return one ? run_attention<80, 80, 1>(call, launch) : run_attention<80, 32, 1>(call, launch);
     if (call.width != 160) return false;

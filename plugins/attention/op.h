@@ -11,16 +11,17 @@ namespace canny {
 
 struct AttentionOp {
     struct Fields {
-        int32_t version = kFieldsVersion, heads = 0, joined = 0;
+        int32_t version = kFieldsVersion, heads = 0, joined = 0, causal = 0;
         float scale = 0.f;
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyAttention";
-    static constexpr std::array<Field, 4> fields{
+    static constexpr std::array<Field, 5> fields{
         {{"version", false, offsetof(Fields, version)},
          {"heads", false, offsetof(Fields, heads)},
          {"joined", false, offsetof(Fields, joined)},
+         {"causal", false, offsetof(Fields, causal)},
          {"scale", true, offsetof(Fields, scale)}}
     };
 
@@ -28,10 +29,12 @@ struct AttentionOp {
         if (f.heads < 1) return "heads is " + std::to_string(f.heads) + ", but must be positive";
         if (!(f.scale > 0.f) || !std::isfinite(f.scale))
             return "scale is " + std::to_string(f.scale) + ", but must be positive";
-        return no_switch("joined", f.joined);
+        std::string wrong = no_switch("joined", f.joined);
+        return wrong.empty() ? no_switch("causal", f.causal) : wrong;
     }
 
     // q (B, C, h, w), k and v (k·B, S, C) or as q, or all side by side (B, 3·C, h, w); the result is a map like q, of k·B rows.
+    // With `causal` the query at position i has the keys 0 to i alone.
     static int32_t inputs(const Fields& f) { return f.joined ? 1 : 3; }
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
@@ -59,6 +62,8 @@ struct AttentionOp {
         int32_t width = size / parts / f.heads;
         if (width != 40 && width != 64 && width != 80 && width != 160)
             return "its heads are " + std::to_string(width) + " wide, but must be 40, 64, 80 or 160";
+        if (f.causal && width != 64)
+            return "its heads are " + std::to_string(width) + " wide, but must be 64 where causal is 1";
         for (int32_t i = 1; i < inputs(f); i++) {
             const nvinfer1::Dims &k = in[i].dims, &first = in[1].dims;
             int32_t channels = k.nbDims == 3 ? int32_t(k.d[2]) : k.nbDims == 4 ? int32_t(k.d[1]) : 0;
@@ -66,6 +71,10 @@ struct AttentionOp {
                 return "k and v must have the shape (a multiple of " + std::to_string(q.d[0]) + ", S, " +
                        std::to_string(size) + "), or be maps of " + std::to_string(size) + " channels";
         }
+        int32_t queries = int32_t(q.d[2] * q.d[3]);
+        if (f.causal && !f.joined && keys(in[1].dims) != queries)
+            return "causal is 1, but " + std::to_string(queries) + " queries have " +
+                   std::to_string(keys(in[1].dims)) + " keys: they must be of one number";
         return "";
     }
 
@@ -89,6 +98,7 @@ struct AttentionOp {
         call.y_stride = f.joined ? call.q_stride / 3 : call.q_stride;
         call.width = call.y_stride / f.heads;
         call.scale = f.scale;
+        call.causal = f.causal;
         call.q = from[0];
         call.k = f.joined ? static_cast<const uint16_t*>(from[0]) + call.y_stride : from[1];
         call.v = f.joined ? static_cast<const uint16_t*>(from[0]) + 2 * call.y_stride : from[2];

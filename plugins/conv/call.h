@@ -11,12 +11,12 @@
 // With weight_sums, 1×1 only, x is normalised first: each position less its mean, over its deviation (LayerNorm without
 // scale and bias, which plugins.load.fold_norm puts into weight and bias).
 //
-// With cross, 1×1 only, weights are what a text's words made of them, for each row of the batch its own text: `weight` is
-// a map (batch, words, text_pitch), in each line 2·heads·C numbers and one more for each head, C being the channels that
-// the cross-attention is of. cross 1: x, of a batch of x_batch that is taken in turn, goes through a LayerNorm without scale and bias and is
-// multiplied by each head's first C numbers of each word; y is the softmax, base 2, of these and the head's last number, in
-// 80 columns for a head, which is what filters are. cross 2: x is that, and y the sum over heads and words of x times the
-// head's second C numbers; with bias and residual.
+// With cross, 1×1 only, the weights are a text's, for each row of the batch its own: `weight` is a map (batch, words,
+// text_pitch) with 2·heads·C numbers in each line and one more for each head, C being the cross-attention's channels.
+// cross 1: x, of a batch of x_batch that is taken in turn, goes through a LayerNorm without scale and bias (the mean falls
+// out where a word's numbers add up to 0) and is multiplied by each head's first C numbers of each word; y is the softmax,
+// base 2, of that plus the head's last number, in 80 columns for each head, which are the filters. cross 2: x is that, and
+// y the sum over heads and words of x times the head's second C numbers, with bias and residual.
 //
 // With gate, 1×1 without a residual only, y is a · GELU(b) and half as wide: filters are 8 of a, 8 of b, 8 of a, …
 struct CannyConv {

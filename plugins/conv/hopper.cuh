@@ -187,21 +187,38 @@ __device__ __forceinline__ void products_done(float (&c)[kCount]) {
 #define CANNY_SUMS_64(i) CANNY_SUMS_32(i), CANNY_SUMS_32(i + 32)
 
 // Operands of a product: 16 sums from this number on, or all up to it.
-#define CANNY_FROM_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define CANNY_FROM_16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CANNY_FROM_32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define CANNY_FROM_48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define CANNY_FROM_64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define CANNY_FROM_80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define CANNY_FROM_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define CANNY_FROM_112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define CANNY_FROM_0 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, " \
+    "%8, %9, %10, %11, %12, %13, %14, %15"
+#define CANNY_FROM_16 \
+    "%16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define CANNY_FROM_32 \
+    "%32, %33, %34, %35, %36, %37, %38, %39, " \
+    "%40, %41, %42, %43, %44, %45, %46, %47"
+#define CANNY_FROM_48 \
+    "%48, %49, %50, %51, %52, %53, %54, %55, " \
+    "%56, %57, %58, %59, %60, %61, %62, %63"
+#define CANNY_FROM_64 \
+    "%64, %65, %66, %67, %68, %69, %70, %71, " \
+    "%72, %73, %74, %75, %76, %77, %78, %79"
+#define CANNY_FROM_80 \
+    "%80, %81, %82, %83, %84, %85, %86, %87, " \
+    "%88, %89, %90, %91, %92, %93, %94, %95"
+#define CANNY_FROM_96 \
+    "%96, %97, %98, %99, %100, %101, %102, %103, " \
+    "%104, %105, %106, %107, %108, %109, %110, %111"
+#define CANNY_FROM_112 \
+    "%112, %113, %114, %115, %116, %117, %118, %119, " \
+    "%120, %121, %122, %123, %124, %125, %126, %127"
 #define CANNY_TO_32 CANNY_FROM_0 ", " CANNY_FROM_16
 #define CANNY_TO_64 CANNY_TO_32 ", " CANNY_FROM_32 ", " CANNY_FROM_48
 #define CANNY_TO_96 CANNY_TO_64 ", " CANNY_FROM_64 ", " CANNY_FROM_80
 
 // c (64×n, float) = a (64×16, half) · b, by the four warps of a warpgroup, n being twice the sums of a thread; added to c
-// where `add`. multiply_group: b (n×16) transposed; multiply_rows: b (16×n). Each warp has 16 rows of a and c, in the fragments
-// of mma.m16n8k16; b is in shared memory. c is only to be read after products_wait, and a only to be changed then.
+// where `add`. multiply_group: b (n×16) transposed; multiply_rows: b (16×n), row after row. Each warp has 16 rows of a and
+// c, in the fragments of mma.m16n8k16; b is in shared memory. c is only to be read after products_wait, and a only to be
+// changed then.
 #ifdef CANNY_HOPPER
 #define CANNY_PRODUCT(name, rows, n, count, list, a_and_b, adds, ...)                                                   \
     __device__ __forceinline__ void name(                                                                              \
@@ -217,16 +234,23 @@ __device__ __forceinline__ void products_done(float (&c)[kCount]) {
     __device__ __forceinline__ void name(float (&)[count], const uint32_t (&)[4], uint64_t, bool = true) {}
 #endif
 
-CANNY_PRODUCT(multiply_group, "0", "48", 24, CANNY_FROM_0 ", %16, %17, %18, %19, %20, %21, %22, %23", "{%24, %25, %26, %27}, %28", "%29", CANNY_SUMS_16(0), CANNY_SUMS_8(16))
+CANNY_PRODUCT(multiply_group, "0", "48", 24, CANNY_FROM_0 ", %16, %17, %18, %19, %20, %21, %22, %23",
+              "{%24, %25, %26, %27}, %28", "%29", CANNY_SUMS_16(0), CANNY_SUMS_8(16))
 CANNY_PRODUCT(multiply_group, "0", "64", 32, CANNY_TO_32, "{%32, %33, %34, %35}, %36", "%37", CANNY_SUMS_32(0))
-CANNY_PRODUCT(multiply_group, "0", "80", 40, CANNY_TO_32 ", %32, %33, %34, %35, %36, %37, %38, %39", "{%40, %41, %42, %43}, %44", "%45", CANNY_SUMS_32(0), CANNY_SUMS_8(32))
+CANNY_PRODUCT(multiply_group, "0", "80", 40, CANNY_TO_32 ", %32, %33, %34, %35, %36, %37, %38, %39",
+              "{%40, %41, %42, %43}, %44", "%45", CANNY_SUMS_32(0), CANNY_SUMS_8(32))
 CANNY_PRODUCT(multiply_group, "0", "128", 64, CANNY_TO_64, "{%64, %65, %66, %67}, %68", "%69", CANNY_SUMS_64(0))
-CANNY_PRODUCT(multiply_group, "0", "160", 80, CANNY_TO_64 ", " CANNY_FROM_64, "{%80, %81, %82, %83}, %84", "%85", CANNY_SUMS_64(0), CANNY_SUMS_16(64))
-CANNY_PRODUCT(multiply_group, "0", "192", 96, CANNY_TO_96, "{%96, %97, %98, %99}, %100", "%101", CANNY_SUMS_64(0), CANNY_SUMS_32(64))
-CANNY_PRODUCT(multiply_group, "0", "256", 128, CANNY_TO_96 ", " CANNY_FROM_96 ", " CANNY_FROM_112, "{%128, %129, %130, %131}, %132", "%133", CANNY_SUMS_64(0), CANNY_SUMS_64(64))
-CANNY_PRODUCT(multiply_rows, "1", "40", 20, CANNY_FROM_0 ", %16, %17, %18, %19", "{%20, %21, %22, %23}, %24", "%25", CANNY_SUMS_16(0), CANNY_SUMS_4(16))
+CANNY_PRODUCT(multiply_group, "0", "160", 80, CANNY_TO_64 ", " CANNY_FROM_64,
+              "{%80, %81, %82, %83}, %84", "%85", CANNY_SUMS_64(0), CANNY_SUMS_16(64))
+CANNY_PRODUCT(multiply_group, "0", "192", 96, CANNY_TO_96,
+              "{%96, %97, %98, %99}, %100", "%101", CANNY_SUMS_64(0), CANNY_SUMS_32(64))
+CANNY_PRODUCT(multiply_group, "0", "256", 128, CANNY_TO_96 ", " CANNY_FROM_96 ", " CANNY_FROM_112,
+              "{%128, %129, %130, %131}, %132", "%133", CANNY_SUMS_64(0), CANNY_SUMS_64(64))
+CANNY_PRODUCT(multiply_rows, "1", "40", 20, CANNY_FROM_0 ", %16, %17, %18, %19",
+              "{%20, %21, %22, %23}, %24", "%25", CANNY_SUMS_16(0), CANNY_SUMS_4(16))
 CANNY_PRODUCT(multiply_rows, "1", "64", 32, CANNY_TO_32, "{%32, %33, %34, %35}, %36", "%37", CANNY_SUMS_32(0))
-CANNY_PRODUCT(multiply_rows, "1", "80", 40, CANNY_TO_32 ", %32, %33, %34, %35, %36, %37, %38, %39", "{%40, %41, %42, %43}, %44", "%45", CANNY_SUMS_32(0), CANNY_SUMS_8(32))
+CANNY_PRODUCT(multiply_rows, "1", "80", 40, CANNY_TO_32 ", %32, %33, %34, %35, %36, %37, %38, %39",
+              "{%40, %41, %42, %43}, %44", "%45", CANNY_SUMS_32(0), CANNY_SUMS_8(32))
 CANNY_PRODUCT(multiply_rows, "1", "128", 64, CANNY_TO_64, "{%64, %65, %66, %67}, %68", "%69", CANNY_SUMS_64(0))
 
 #undef CANNY_PRODUCT

@@ -1,13 +1,15 @@
 // Convolutions of small maps as matrix products (B·h·w) × (taps·channels) × filters, in half precision with sums in
 // float. With few positions the time is that of reading the weights, once and all at the same time:
 //
-// - A tile is 64 or 128 positions × 64 or 128 filters, or 192 or 256 of a 1×1 convolution. The blocks of a cluster share
-//   it: each has a slice of the products' length, is given what the others have of a part of the tile, and adds that up,
-//   always in the same order.
+// - A tile is 64 or 128 positions × 64 or 128 filters, or 192 or 256 of a 1×1 convolution, or 192 × 64. The blocks of a
+//   cluster share it: each has a slice of the products' length, is given what the others have of a part of the tile, and
+//   adds that up, always in the same order.
 // - One thread has the weights copied, a block of shared memory's own layout at a time, from before its turn on. Another
 //   has the positions' channels copied, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
 // - A second map comes behind x, 64 channels of the tile's own positions at a time, which lie where x has its middle tap.
+// - The two halves of a cross-attention over a text that is multiplied out are 1×1 convolutions by weights that the text has
+//   (call.h); no tile has positions of two texts.
 //
 // A LayerNorm before it is done to the sums: with mean m and deviation d of a position, u the sum of a filter's weights w,
 // it is (x·w - m·u) / d. m and d come from sums of x and x² in float. Both differences lose digits where m is many times d:
@@ -17,39 +19,10 @@
 
 #include <type_traits>
 
+#include "ring.cuh"
 #include "tile.cuh"
 
 namespace canny {
-
-// A ring of places in shared memory that one side fills and the other empties: where this side is.
-struct ConvRing {
-    uint32_t begin, end, full;  // barriers of full places, 8 bytes each; behind all of them those of empty ones
-    uint32_t base, place, bytes;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ ConvRing(uint32_t barriers, int32_t places, uint32_t base, uint32_t bytes)
-        : begin(barriers), end(barriers + 8 * places), full(barriers), base(base), place(base), bytes(bytes) {}
-
-    __device__ __forceinline__ void begin_barriers(uint32_t fillers, uint32_t emptiers) const {
-        for (uint32_t at = begin; at < end; at += 8) {
-            barrier_begin(at, fillers);
-            barrier_begin(at + end - begin, emptiers);
-        }
-    }
-
-    __device__ __forceinline__ uint32_t empty() const { return full + end - begin; }
-    __device__ __forceinline__ void wait_full() const { barrier_wait(full, parity); }
-    __device__ __forceinline__ bool is_full() const { return barrier_ended(full, parity); }
-    __device__ __forceinline__ void wait_empty() const { barrier_wait(empty(), parity ^ 1); }  // at once the first time
-
-    __device__ __forceinline__ void next_if(bool goes) {
-        full += goes ? 8 : 0, place += goes ? bytes : 0;
-        bool over = full == end;
-        full = over ? begin : full, place = over ? base : place, parity ^= uint32_t(over);
-    }
-
-    __device__ __forceinline__ void next() { next_if(true); }
-};
 
 // What a kernel is given.
 struct ConvWork {

@@ -199,9 +199,9 @@ inline void conv_spread(ConvPlan& plan) {
     if (conv_few(plan) && plan.bytes <= kConvHalfBytes) plan.bytes = kConvHalfBytes + 1024;
 }
 
-// What a cut takes, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 1,280 likely cuts of 72 shapes, so that
-// it chooses those that are 0.8% slower than the best, on average. The longest of four counts: a block's products, shared
-// memory, what the second-level cache gives all blocks, and what memory gives that.
+// What a cut takes, in ns: fitted to what `bench.conv --sweep` measured on an H100 of 1,280 likely cuts of 72 shapes, so
+// that it chooses those that are 0.8% slower than the best, on average. The longest counts: a block's products or what they
+// read of shared memory, what the second-level cache gives all blocks, or what memory gives that.
 inline int32_t conv_predicted(const ConvPlan& plan) {
     const ConvParams& p = plan.params;
     constexpr double kClock = 1.755, kCacheRate = 9301., kMemoryRate = 3196.;  // per ns: clocks, bytes

@@ -15,6 +15,11 @@ pytestmark = pytest.mark.skipif(HERE is None, reason="cuda-python sees no NVIDIA
 
 NETWORKS = sorted(attentions(ModelConfig.load("sd15"), Shape(256, 384, 1)), key=lambda one: one.flop)
 OTHERS = [Attention(1, 3, 100, 200, 40), Attention(2, 1, 1, 1, 64), Attention(1, 1, 17, 81, 80)]
+CAUSAL = [  # that of the text encoder; several tiles, of which groups of warps share some and see none of others
+    Attention(2, 12, 77, 77, 64, joined=True, causal=True), Attention(1, 1, 1, 1, 64, causal=True),
+    Attention(1, 2, 200, 200, 64, joined=True, causal=True, warps=3, groups=4),
+    Attention(2, 12, 333, 333, 64, joined=True, causal=True),
+]  # fmt: skip
 WITHOUT = [without_hopper(one) for one in NETWORKS if one.joined and one.width <= 80]
 HOPPER = [  # by the kernel for compute capability 9.0: tiles that are not full, one, and more than a ring has places
     Attention(1, 1, 64, 64, 40, warps=-1, groups=1), Attention(1, 1, 1, 1, 80, warps=-1),
@@ -26,7 +31,7 @@ HOPPER = [  # by the kernel for compute capability 9.0: tiles that are not full,
 
 
 @pytest.mark.parametrize("deviation", [1.0, 6.0])
-@pytest.mark.parametrize("attention", [*NETWORKS, *OTHERS, *WITHOUT, *HOPPER], ids=str)
+@pytest.mark.parametrize("attention", [*NETWORKS, *OTHERS, *CAUSAL, *WITHOUT, *HOPPER], ids=str)
 def test_against_float64(library: Any, attention: Attention, deviation: float) -> None:
     if attention.warps < 0 and HERE and HERE.capability != CONV_CAPABILITY:
         pytest.skip(f"the kernel is for compute capability {CONV_CAPABILITY}")
@@ -36,7 +41,7 @@ def test_against_float64(library: Any, attention: Attention, deviation: float) -
         assert error(on_gpu.result(), attention.expected(arrays)) < 1e-3
 
 
-@pytest.mark.parametrize("attention", [NETWORKS[0], *NETWORKS[-2:], OTHERS[0]], ids=str)
+@pytest.mark.parametrize("attention", [NETWORKS[0], *NETWORKS[-2:], OTHERS[0], *CAUSAL[::2]], ids=str)
 def test_the_same_bits_a_hundred_times_in_a_graph(
     library: Any, attention: Attention, same_bits_in_a_graph: Any
 ) -> None:
