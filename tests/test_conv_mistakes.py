@@ -40,7 +40,7 @@ MISTAKES = [
         ("x_there = x_ring.is_full();", "x_ring.is_full();"), ("empty(), parity ^ 1)", "empty(), parity)"),
         ("ring.wait_empty();\n            bool of_x", "bool of_x"), ("products_begin();", ""),
         ("unit > first, be", "true, be"), ("step(a[1], a[0], unit + 1)", "step(a[1], a[1], unit + 1)"),
-        ("barrier_expect(ring.full, kUnit);\n#", "barrier_expect(ring.full, kUnit / 2);\n#"),
+        ("barrier_expect(ring.full, kUnit)", "barrier_expect(ring.full, kUnit / 2)"),
         ("from = x_ring.place + offset()", "from = positions + offset()"),
         ("positions_ring().begin_barriers(1, ", "positions_ring().begin_barriers(2, "),
         ("piece - slot * p.cluster) : 0", "0) : 0"), ("other < p.cluster; other++", "other < 4; other++"),
@@ -116,7 +116,7 @@ WIDE_MISTAKES = [
         ("kTaps == 1 ? 2 : 1, kConsumers", "1, kConsumers"), ("moments.join();", ";"),
         ("(t * kEights + j) * 4", "j * 4"),
         (NEXT_ROW + "x = moments.x[1], squares", NEXT_ROW + "x = moments.x[0], squares"),
-        ("i < kWide / 64; i++)\n                copy", "i < 2; i++)\n                copy"),
+        ("i < kWide / 64; i++)\n                    copy_b", "i < 2; i++)\n                    copy_b"),
     ),
 ]  # fmt: skip
 

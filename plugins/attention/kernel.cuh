@@ -17,7 +17,6 @@
 
 namespace canny {
 
-constexpr float kFar = -1e30f;           // below every score, and finite: infinity less infinity is no number
 constexpr float kHeadroom = 8.f;         // exponentials are at most 2 to this power: far from what half can hold
 constexpr uint32_t kOnes = 0x3c003c00u;  // two halves
 

@@ -88,3 +88,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 }  // namespace canny
 #endif
+
+namespace canny {
+
+constexpr float kFar = -1e30f;  // below every score, and finite: infinity less infinity is no number
+
+}  // namespace canny

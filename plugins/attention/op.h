@@ -1,8 +1,6 @@
 // The plugin CannyAttention, whatever the TensorRT.
 #pragma once
 
-#include <cmath>
-
 #include "../tensorrt/plugin.h"
 #include "../tokens/map.h"
 #include "kernel.h"
@@ -27,9 +25,8 @@ struct AttentionOp {
 
     static std::string fault(const Fields& f) {
         if (f.heads < 1) return "heads is " + std::to_string(f.heads) + ", but must be positive";
-        if (!(f.scale > 0.f) || !std::isfinite(f.scale))
-            return "scale is " + std::to_string(f.scale) + ", but must be positive";
-        std::string wrong = no_switch("joined", f.joined);
+        std::string wrong = no_positive("scale", f.scale);
+        if (wrong.empty()) wrong = no_switch("joined", f.joined);
         return wrong.empty() ? no_switch("causal", f.causal) : wrong;
     }
 

@@ -1,8 +1,6 @@
 // The plugin CannyCross, whatever the TensorRT: one half of a cross-attention over a text that is multiplied out.
 #pragma once
 
-#include <cmath>
-
 #include "../tensorrt/plugin.h"
 #include "../tokens/map.h"
 #include "kernel.h"
@@ -31,9 +29,7 @@ struct CrossOp {
         if (wrong.empty()) wrong = no_switch("beside", f.beside);
         if (wrong.empty() && (f.heads < 4 || f.heads > 64 || f.heads % 4))
             wrong = "heads is " + std::to_string(f.heads) + ", but must be a multiple of 4, up to 64";
-        if (!wrong.empty()) return wrong;
-        bool positive = f.epsilon > 0.f && std::isfinite(f.epsilon);
-        return positive ? "" : "epsilon is " + std::to_string(f.epsilon) + ", but must be positive";
+        return wrong.empty() ? no_positive("epsilon", f.epsilon) : wrong;
     }
 
     // x (b, C, h, w) and text (B, P, 1, S), see `text_weight` of trt_builder/text.py: the words' weights (B, heads·80, h, w).

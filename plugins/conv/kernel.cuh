@@ -107,23 +107,18 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kKind> {
     // One thread: have the weights of units copied, from `unit` to before `end`.
     __device__ __forceinline__ void copy_weights(ConvRing& ring, int32_t unit, int32_t end) const {
         constexpr int32_t kBlock = kConvBlock * int(sizeof(__half));
-        if constexpr (kCross) {
-            for (; unit < end; unit++) {
-                ring.wait_empty();
-                barrier_expect(ring.full, kUnit);
-                copy_words(ring, unit);
-                ring.next();
-            }
-            return;
-        }
         const __half* from = static_cast<const __half*>(p.call.weight) +
                              (int64_t(first_filter / 64) * p.units + unit) * kConvBlock;
         for (; unit < end; unit++, from += kConvBlock) {
             ring.wait_empty();
             barrier_expect(ring.full, kUnit);
+            if constexpr (kCross) {
+                copy_words(ring, unit);
+            } else {
 #pragma unroll
-            for (int32_t i = 0; i < kWide / 64; i++)
-                copy_block(ring.place + i * kBlock, from + int64_t(i) * p.units * kConvBlock, kBlock, ring.full);
+                for (int32_t i = 0; i < kWide / 64; i++)
+                    copy_block(ring.place + i * kBlock, from + int64_t(i) * p.units * kConvBlock, kBlock, ring.full);
+            }
             ring.next();
         }
     }

@@ -1,8 +1,6 @@
 // The plugin CannyConv, whatever the TensorRT.
 #pragma once
 
-#include <cmath>
-
 #include "../tensorrt/plugin.h"
 #include "../tokens/map.h"
 #include "kernel.h"
@@ -43,8 +41,7 @@ struct ConvOp {
             wrong = "gate is 1, but only convolutions of size 1 without a residual take one";
         if (!wrong.empty() || !f.norm) return wrong;
         if (f.size != 1) return "norm is 1, but only convolutions of size 1 take a LayerNorm before them";
-        bool positive = f.epsilon > 0.f && std::isfinite(f.epsilon);
-        return positive ? "" : "epsilon is " + std::to_string(f.epsilon) + ", but must be positive";
+        return no_positive("epsilon", f.epsilon);
     }
 
     // x (B, C, h, w), weight (D / 64, C / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it, bias (D) and

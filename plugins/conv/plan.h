@@ -26,7 +26,7 @@ constexpr int kConvAlign = 1024;           // the swizzled weights begin at a mu
 enum ConvKind { kConvPlain, kConvGate, kConvScores, kConvValues };
 
 inline int32_t conv_kind(const CannyConv& call) {
-    return call.cross ? kConvPlain + kConvGate + call.cross : call.gate;
+    return call.cross ? kConvGate + call.cross : call.gate;
 }
 
 constexpr int32_t kConvWords = 80;  // columns of a head's scores: most words of a text

@@ -37,8 +37,6 @@ __device__ __forceinline__ void swap_words(uint32_t (&words)[4]) {
     }
 }
 
-constexpr float kFar = -1e30f;  // below all scores
-
 // kNorm: with a LayerNorm before it. kKind: see ConvKind.
 template <int kGroups, int kWide, bool kNorm, int kKind>
 struct ConvTile {

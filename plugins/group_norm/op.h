@@ -1,8 +1,6 @@
 // The plugin CannyGroupNorm, whatever the TensorRT.
 #pragma once
 
-#include <cmath>
-
 #include "../tensorrt/plugin.h"
 #include "kernel.h"
 
@@ -26,9 +24,8 @@ struct GroupNormOp {
 
     static std::string fault(const Fields& f) {
         if (f.groups < 1) return "groups is " + std::to_string(f.groups) + ", but must be positive";
-        if (!(f.epsilon > 0.f) || !std::isfinite(f.epsilon))
-            return "epsilon is " + std::to_string(f.epsilon) + ", but must be positive";
-        return no_switch("silu", f.silu) + no_switch("row", f.row);
+        std::string wrong = no_positive("epsilon", f.epsilon);
+        return wrong.empty() ? no_switch("silu", f.silu) + no_switch("row", f.row) : wrong;
     }
 
     // x, scale, bias and, or not, a row that is added before.

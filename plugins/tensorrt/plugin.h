@@ -7,6 +7,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
@@ -69,6 +70,12 @@ std::string fault(const typename Op::Fields& fields) {
 // "silu is 7, but must be 0 or 1"; empty where it is.
 inline std::string no_switch(const char* name, int32_t value) {
     return value == 0 || value == 1 ? "" : std::string(name) + " is " + std::to_string(value) + ", but must be 0 or 1";
+}
+
+// "epsilon is -1.000000, but must be positive"; empty where it is, and finite.
+inline std::string no_positive(const char* name, float value) {
+    bool positive = value > 0.f && std::isfinite(value);
+    return positive ? "" : std::string(name) + " is " + std::to_string(value) + ", but must be positive";
 }
 
 // Fields out of a collection that has each of them once and no other; returns what is wrong.

@@ -2,8 +2,6 @@
 // channels-last map.
 #pragma once
 
-#include <cmath>
-
 #include "../tensorrt/plugin.h"
 #include "kernel.h"
 #include "map.h"
@@ -23,9 +21,7 @@ struct LayerNormOp {
     };
 
     static std::string fault(const Fields& f) {
-        return f.epsilon > 0.f && std::isfinite(f.epsilon)
-                   ? ""
-                   : "epsilon is " + std::to_string(f.epsilon) + ", but must be positive";
+        return no_positive("epsilon", f.epsilon);
     }
 
     static int32_t inputs(const Fields&) { return 3; }  // x, scale, bias
