@@ -87,7 +87,8 @@ def of_blocks(
         elif layer.kind == "down":
             yield Conv(rows, c, h, w, d, stride=2)
         else:
-            yield Conv(rows, c, *made[1:], d)
+            doubled = Conv(rows, c, h, w, d, up=True)
+            yield doubled if is_ours(doubled, options) else Conv(rows, c, *made[1:], d)
         if outputs and layer.prefix in ends:
             yield Conv(made[0], d, *made[1:], d, 1)
 
@@ -129,7 +130,8 @@ def of_both(first: Conv, other: Conv, residual_batch: int, options: Options) -> 
 def is_ours(one: Conv, options: Options) -> bool:
     """Whether a convolution is our plugin's where that can be had."""
     shape, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size, one.size)
-    return options.conv == "own" and has_conv_kernel(shape, weight, one.stride) and conv_wins(one.rows, weight)
+    ours = has_conv_kernel(shape, weight, one.stride, one.up) and conv_wins(one.rows, weight, one.up)
+    return options.conv == "own" and ours
 
 
 def served(counts: Counter[Conv], library: Any, rows: int) -> Counter[Conv]:
@@ -192,7 +194,7 @@ def kernel_us(on_gpu: OnGpu, one: Conv, replays: int) -> float:
 
 def engine_us(flavour: Flavour, one: Conv, arrays: dict[str, np.ndarray], replays: int) -> float | None:
     """Microseconds of TensorRT's own, without residual and LayerNorm; None where it cannot be put in a row."""
-    if one.channels != one.filters or one.stride != 1 or one.second or isinstance(one, Cross):
+    if one.channels != one.filters or one.stride != 1 or one.second or one.up or isinstance(one, Cross):
         return None
     depth = max(DEPTH, min(40, -(-CACHED // one.weights)))
     options, shape = Options(), (one.batch, one.channels, one.height, one.width)
@@ -228,7 +230,7 @@ def facts(library: Any, one: Conv, count: int) -> dict[str, Any]:
     """What is known of a convolution before it is timed."""
     plan = one.plan(library)
     assert plan is not None
-    chosen = conv_wins(one.rows, (one.filters, one.channels, one.size, one.size))
+    chosen = conv_wins(one.rows, (one.filters, one.channels, one.size, one.size), one.up)
     return vars(one) | {"rows": one.rows, "count": count, "plan": vars(plan), "chosen": chosen}
 
 
@@ -340,7 +342,8 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['batch']}, {row['height']}, {row['width']}",
             f"{row['channels']} + {row['second']}" if row["second"] else str(row["channels"]), str(row["filters"]),
             ("", "scores", "values")[row.get("cross", 0)] or "/".join(name for name in ("norm", "gate") if row[name]),
-            f"{row['size']}/{row['stride']}", str(row["count"]), f"{plan['high']}·{plan['wide']}x{plan['cluster']}",
+            f"{row['size']}/{'up' if row['up'] else row['stride']}", str(row["count"]),
+            f"{plan['high']}·{plan['wide']}x{plan['cluster']}",
             str(plan["blocks"]), f"{plan['predicted_us']:.1f}", number(row["kernel"]), number(row["builtin"]),
             f"{best} {swept[best]:.1f}" if best else "-", style="" if row["chosen"] else "dim",
         )  # fmt: skip

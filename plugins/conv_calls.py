@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from plugins.call import OnGpu
-from plugins.load import by_eights, conv_blocks, fold_norm
+from plugins.load import by_eights, conv_blocks, fold_norm, up_phases
 from runtime.engine import check, cuda_runtime
 
 
@@ -23,7 +23,7 @@ class CannyConv(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "filters", "size", "stride")),
         *((name, ctypes.c_int32) for name in ("residual_batch", "second_channels", "cluster", "high", "wide")),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("gate", "beside", "cross", "x_batch", "words", "text_pitch")),
+        *((name, ctypes.c_int32) for name in ("gate", "beside", "cross", "x_batch", "words", "text_pitch", "up")),
     ]
 
 
@@ -51,6 +51,7 @@ class Conv:
     norm: whether x goes through a LayerNorm of this epsilon first, for 1×1 only.
     second: channels of a second map, whose products by a 1×1 weight are added, for stride 1 only; 0 without one.
     gate: whether y is a · GELU(b), D / 2 wide, of (a, b) side by side, for 1×1 without a residual only.
+    up: whether x is doubled along both axes first, for 3×3 of stride 1 alone.
     beside: whether kernels of another stream are to run beside it.
     cluster, high, wide: how it is cut, blocks that share a tile, its rows and filters; 0 leaves it to the kernel.
     """
@@ -71,11 +72,12 @@ class Conv:
     epsilon: float = 1e-5
     gate: bool = False
     beside: bool = False
+    up: bool = False
 
     @property
     def out(self) -> tuple[int, int, int, int]:
         """The shape of y in memory, (B, h, w, D or D / 2)."""
-        height, width = -(-self.height // self.stride), -(-self.width // self.stride)
+        height, width = (-(-side * (1 + self.up) // self.stride) for side in (self.height, self.width))
         return self.batch, height, width, self.filters // (1 + self.gate)
 
     @property
@@ -86,12 +88,12 @@ class Conv:
     @property
     def weights(self) -> int:
         """Bytes of the weights, the least that must be read."""
-        return 2 * self.filters * (self.size**2 * self.channels + self.second)
+        return 2 * self.filters * ((16 if self.up else self.size**2) * self.channels + self.second)
 
     @property
     def flop(self) -> int:
         """Multiplications and additions."""
-        return self.rows * self.weights
+        return self.rows * self.weights // (4 if self.up else 1)
 
     def arrays(self, seed: int = 0, mean: float = 0.0) -> dict[str, np.ndarray]:
         """Random x (B, h, w, C) of a mean and deviation 1, weight (D, C, size, size) that keeps its deviation, bias
@@ -120,11 +122,13 @@ class Conv:
         if self.norm:
             mean, variance = (f(x, axis=3, keepdims=True) for f in (np.mean, np.var))
             x = (x - mean) / np.sqrt(variance + self.epsilon) * arrays["gamma"] + arrays["beta"]
+        if self.up:
+            x = x.repeat(2, axis=1).repeat(2, axis=2)
         x = np.pad(x, [(0, 0), (border, border), (border, border), (0, 0)])
         y = np.zeros((*self.out[:3], self.filters)) + arrays["bias"]
         for i, j in np.ndindex(self.size, self.size):
-            part = x[:, i : i + self.height : self.stride, j : j + self.width : self.stride]
-            y += part[:, :h, :w] @ arrays["weight"][:, :, i, j].astype(np.float64).T
+            part = x[:, i :: self.stride, j :: self.stride][:, :h, :w]
+            y += part @ arrays["weight"][:, :, i, j].astype(np.float64).T
         if self.second:
             y += arrays["second"].astype(np.float64) @ arrays["second_weight"][:, :, 0, 0].astype(np.float64).T
         if self.residual_batch:
@@ -139,6 +143,8 @@ class Conv:
         made = dict(arrays)
         if self.gate:
             made |= {name: by_eights(made[name]) for name in ("weight", "bias")}
+        if self.up:
+            made["weight"] = up_phases(made["weight"], np.float16)
         if self.norm:
             folded = fold_norm(*(made.pop(name) for name in ("weight", "bias", "gamma", "beta")))
             made |= zip(("weight", "bias", "weight_sums"), folded, strict=True)

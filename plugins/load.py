@@ -135,15 +135,22 @@ def require(needed: Mapping[str, str], trt: Any, folder: Path = LIB) -> None:
         raise PluginError(f"{what}: run `python -m trt_builder build` again.")
 
 
-def has_conv_kernel(shape: Sequence[int], weight: Sequence[int], stride: int) -> bool:
-    """Whether conv/kernel.cuh serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size)."""
+def has_conv_kernel(shape: Sequence[int], weight: Sequence[int], stride: int, up: bool = False) -> bool:
+    """Whether conv/kernel.cuh serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size); up: of the map
+    doubled along both axes.
+    """
     (batch, _, h, w), (filters, channels, size, _) = shape, weight
-    if size not in (1, 3) or stride not in (1, 2) or filters % CONV_MULTIPLE or channels % CONV_MULTIPLE:
+    if (
+        size not in ((3,) if up else (1, 3))
+        or stride not in (1, 2)
+        or filters % CONV_MULTIPLE
+        or channels % CONV_MULTIPLE
+    ):
         return False
     lines, columns = -(-h // stride), -(-w // stride)
     # Its smallest tile has 64 positions in a row: from the first of x to the last, and a border of a line and one.
     places = 1 + 63 * stride + (stride - 1) * w * -(-64 // columns) + size // 2 * 2 * (w + 1)
-    return batch * lines * columns <= CONV_ROWS and min(places, batch * h * w) <= CONV_PLACES
+    return batch * lines * columns * (4 if up else 1) <= CONV_ROWS and min(places, batch * h * w) <= CONV_PLACES
 
 
 def has_cross_kernel(shape: Sequence[int], batch: int, heads: int, words: int) -> bool:
@@ -177,6 +184,24 @@ def conv_blocks(*weights: np.ndarray) -> np.ndarray:
         swizzled = blocks.transpose(0, 2, 5, 1, 3, 4)[:, :, :, row, chunk ^ row % (n // 8)]
         made.append(swizzled.reshape(filters // n, -1, n, n))
     return np.concatenate(made, 1)
+
+
+def up_phases(weight: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+    """A weight (D, C, 3, 3) of a map that is doubled along both axes, as those of its four phases: (4·D, C, 2, 2).
+
+    Phases are even lines and even columns, even and odd, odd and even, odd and odd. Of three taps along an axis two
+    fall on the same position of the map itself. Their sums are made in float32 and rounded once; one that is too large
+    becomes infinite.
+    """
+
+    def halves(weight: np.ndarray, axis: int) -> np.ndarray:
+        first, middle, last = np.split(weight, 3, axis)
+        even, odd = (first, middle + last), (first + middle, last)
+        return np.stack([np.concatenate(phase, axis) for phase in (even, odd)])
+
+    exact = halves(halves(weight.astype(np.float32), -2), -1).swapaxes(0, 1)
+    with np.errstate(over="ignore"):
+        return exact.reshape(-1, *exact.shape[3:]).astype(dtype)
 
 
 def by_eights(array: np.ndarray) -> np.ndarray:

@@ -32,7 +32,8 @@ namespace canny {
 #define NONE_OF(groups, wide, norm)          \
     NONE(groups, wide, norm, 1, kConvPlain)  \
     NONE(groups, wide, norm, 1, kConvGate)   \
-    NONE(groups, wide, norm, 9, kConvPlain)
+    NONE(groups, wide, norm, 9, kConvPlain)  \
+    NONE(groups, wide, norm, 4, kConvUp)
 #define NONE_SO_WIDE(wide)  \
     NONE_OF(1, wide, false) \
     NONE_OF(2, wide, false) \

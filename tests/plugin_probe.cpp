@@ -377,8 +377,8 @@ int main(int, char** arguments) {
     configure(*plus, tensors, false, 2);
     end(plus);
     auto& convolution = *static_cast<Creator*>(entry(count)[5]);
-    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 9);
-    int32_t size = 3, stride = 2, residual = 1, normed = 0, second = 0, gated = 0, beside = 0;
+    MUST(!std::strcmp(convolution.getPluginName(), "CannyConv") && convolution.getFieldNames()->nbFields == 10);
+    int32_t size = 3, stride = 2, residual = 1, normed = 0, second = 0, gated = 0, beside = 0, up = 0;
     fields.fields = {
         given.fields[0],
         {"size", &size, PluginFieldType::kINT32, 1},
@@ -388,6 +388,7 @@ int main(int, char** arguments) {
         {"second", &second, PluginFieldType::kINT32, 1},
         {"gate", &gated, PluginFieldType::kINT32, 1},
         {"beside", &beside, PluginFieldType::kINT32, 1},
+        {"up", &up, PluginFieldType::kINT32, 1},
         {"epsilon", &fields.epsilon, PluginFieldType::kFLOAT32, 1}
     };
     Plugin* conv = create(convolution, fields);
@@ -485,6 +486,30 @@ int main(int, char** arguments) {
     for (int32_t i = 0; i < 5; i++) MUST(build_side(*with_gate).supportsFormatCombination(i, tensors.data(), 4, 1));
     configure(*with_gate, tensors, true, 4);
     end(with_gate);
+    tensors = kept;
+    size = 3, gated = 0, normed = 0, up = 2;
+    MUST(!create(convolution, fields));
+    up = 1, residual = 1;
+    MUST(!create(convolution, fields));
+    residual = 0, size = 1;
+    MUST(!create(convolution, fields));
+    size = 3;
+    Plugin* doubled = create(convolution, fields);
+    MUST(doubled);
+    auto phases = [&](int32_t tiles, int32_t blocks) {
+        describe(0, dims({2, 128, 8, 12}), half, last8);
+        describe(1, dims({tiles, blocks, 64, 64}), half, linear);
+        describe(2, dims({320}), single, linear);
+        describe(3, dims({2, 320, 16, 24}), half, last8);
+    };
+    phases(20, 8);
+    for (int32_t i = 0; i < 4; i++) MUST(build_side(*doubled).supportsFormatCombination(i, tensors.data(), 3, 1));
+    configure(*doubled, tensors, true, 3);
+    for (auto wrong : {std::array<int32_t, 2>{5, 8}, {20, 18}}) {
+        phases(wrong[0], wrong[1]);
+        configure(*doubled, tensors, false, 3);
+    }
+    end(doubled);
     tensors = kept;
     end(conv);
     auto& join = *static_cast<Creator*>(entry(count)[6]);

@@ -62,12 +62,14 @@ def define_step(config: ModelConfig, shape: Shape, options: Options) -> None:
         weights.release()
 
 
-def has_conv(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Any, second: int = 0) -> bool:
+def has_conv(
+    flavour: Flavour, shape: Any, weight: Any, stride: int, options: Any, second: int = 0, up: bool = False
+) -> bool:  # fmt: skip
     """What `has_conv_plugin` says, for smaller maps and channels."""
-    rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
-    served = rows <= 128 and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
+    rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride) * (4 if up else 1)
+    served = rows <= (512 if up else 128) and weight[2] in (1, 3) and not weight[0] % 32 and not weight[1] % 32
     beside = not second or (stride == 1 and not second % 32)
-    return options.conv == "own" and served and beside and conv_wins(rows, weight)
+    return options.conv == "own" and served and beside and conv_wins(rows, weight, up)
 
 
 def cross_fits(shape: Any, heads: int, words: int, options: Options) -> bool:
@@ -231,8 +233,10 @@ def numbers(network: Any, constant: Any) -> np.ndarray:
 
 
 def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, stride: int, residual: int,
-         norm: int, second: int, gate: int, beside: int, epsilon: float) -> Any:  # fmt: skip
+         norm: int, second: int, gate: int, beside: int, up: int, epsilon: float) -> Any:  # fmt: skip
     assert len(rest) == norm + second + residual and not (gate and residual)
+    if up:
+        return doubled(network, x, weight, bias)
     blocks, n, filters = numbers(network, weight), weight.shape[2], bias.shape[0]
     units = x.shape[1] // n * size * size
     HELD.append((plain(blocks[:, :units], size), numbers(network, bias) * (1 - norm)))
@@ -254,6 +258,21 @@ def conv(network: Any, x: Any, weight: Any, bias: Any, *rest: Any, size: int, st
     repeated = network.add_concatenation([rest[-1]] * (x.shape[0] // rest[-1].shape[0]))
     repeated.axis = 0
     return network.add_elementwise(out(layer), out(repeated), ELEMENT.SUM)
+
+
+def doubled(network: Any, x: Any, weight: Any, bias: Any) -> Any:
+    """The four phases of a convolution of x doubled along both axes."""
+    (batch, _, h, w), filters = x.shape, bias.shape[0]
+    HELD.append((plain(numbers(network, weight), 2), np.tile(numbers(network, bias), 4)))
+    layer = network.add_convolution_nd(x, 4 * filters, (2, 2), *HELD[-1])
+    layer.padding_nd = (1, 1)
+    parts = [part(network, out(layer), i, 4) for i in range(4)]
+    size, ones = (batch, filters, h, w), (1, 1, 1, 1)
+    phases = [out(network.add_slice(one, (0, 0, i // 2, i % 2), size, ones)) for i, one in enumerate(parts)]
+    joined = network.add_concatenation(phases)
+    joined.axis = 1
+    apart = out(shuffled(network, out(joined), (), (batch, 2, 2, filters, h, w), (0, 3, 4, 1, 5, 2)))
+    return shuffled(network, apart, shape=(batch, filters, 2 * h, 2 * w))
 
 
 def plain(blocks: np.ndarray, size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from conv_emulated import compiled, emulate, is_finite_of_equal_numbers, slow_un
 from bench.conv import convolutions
 from plugins.call import error
 from plugins.conv_calls import Conv
-from plugins.load import has_conv_kernel
+from plugins.load import has_conv_kernel, up_phases
 from trt_builder.config import ModelConfig, Options, Shape
 
 SHAPES = [
@@ -219,9 +219,43 @@ def test_expected_is_what_torch_says() -> None:
         np.testing.assert_allclose(conv.expected(arrays), y.movedim(1, 3).numpy(), atol=1e-12)
 
 
+UP = [
+    Conv(2, 128, 4, 6, 64), Conv(1, 64, 5, 7, 128), Conv(3, 192, 9, 13, 64, high=128),
+    Conv(2, 64, 9, 13, 128, wide=128), Conv(2, 64, 8, 12, 64, high=192), Conv(1, 64, 1, 1, 64),
+    Conv(1, 128, 12, 9, 128, high=128, wide=128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", [1, 3])
+@pytest.mark.parametrize("conv", UP, ids=str)
+def test_of_a_doubled_map(emulator: Any, conv: Conv, cluster: int) -> None:
+    assert error(*emulate(emulator, replace(conv, up=True, cluster=cluster), cluster)) < 1e-3
+
+
+def test_phases_of_a_doubled_map_are_pytorchs() -> None:
+    import torch
+
+    weight, x = torch.randn(8, 4, 3, 3, dtype=torch.float64), torch.randn(2, 4, 5, 7, dtype=torch.float64)
+    expected = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2), weight, padding=1)
+    phases = up_phases(weight.numpy(), np.float64)
+    assert phases.shape == (32, 4, 2, 2)
+    y = torch.nn.functional.conv2d(x, torch.from_numpy(phases), padding=1).reshape(2, 2, 2, 8, 6, 8)
+    for line, column in product((0, 1), (0, 1)):
+        part = y[:, line, column, :, line : line + 5, column : column + 7]
+        torch.testing.assert_close(part, expected[:, :, line::2, column::2], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{"second": 64}, {"stride": 2}, {"size": 1}, {"residual_batch": 1}], ids=str)
+def test_what_is_of_no_doubled_map(emulator: Any, changes: dict[str, Any]) -> None:
+    call: Any = replace(Conv(2, 64, 4, 6, 64, up=True), **changes).call()
+    call.residual = 16 if "residual_batch" in changes else None
+    assert emulator.emulate_conv(ctypes.byref(call), 0) == 1
+
+
 ONE = Conv(2, 64, 8, 12, 128, residual_batch=1, cluster=5, high=128, wide=64)
 OTHER_ORDERS = [
     ONE, replace(ONE, cluster=7, size=1, channels=640), replace(ONE, cluster=3, second=192),
+    Conv(2, 64, 8, 12, 64, up=True, cluster=3, high=128),
     Conv(2, 128, 9, 14, 256, 1, residual_batch=1, norm=True, cluster=1, high=128, wide=256),
 ]  # fmt: skip
 
@@ -243,6 +277,10 @@ def test_the_builder_asks_for_no_kernel_that_there_is_not(emulator: Any) -> None
             served += 1
             assert conv.plan(emulator), conv
             assert stride == 2 or replace(conv, second=640).plan(emulator), conv
+            once = (2, 64, -(-height // 2), width)
+            doubled = replace(conv, height=once[2], up=True)
+            if size == 3 and stride == 1 and has_conv_kernel(once, (64, 64, 3, 3), 1, up=True):
+                assert doubled.plan(emulator), doubled
     assert served > 500
     for wide in (Conv(2, 64, 16, 224, 64, stride=2), Conv(2, 64, 8, 360, 64)):
         assert wide.plan(emulator) is None

@@ -64,6 +64,26 @@ def test_the_emulator_finds_mistakes(tmp_path: Path, mistake: tuple[str, str]) -
     assert not all(right(library, conv, order) for conv in (ONE, LONG) for order in (0, 1, 2))
 
 
+UP = [Conv(2, 64, 9, 13, 64, up=True, cluster=cluster, high=128) for cluster in (1, 3)]
+UP_MISTAKES = [
+    ("line += image / 2, column += image % 2", "line += image % 2, column += image / 2"),
+    *alike(
+        ("blocks += image * (p.call.filters / 64)", "blocks += 0"), ("2 * to.x + image % 2", "2 * to.x"),
+        ("line = line_of(to.row)", "line = to.row"), ("line_of(to.row + 8) - line", "line_of(to.row + 8) - line + 1"),
+        ("+ to.y) * 2 + image / 2)", "+ to.y) * 2 + image % 2)"),
+        ("conv_range(p, first_row - image * p.rows_each", "conv_range(p, first_row"),
+        ("kSide = kUp ? 2 : 3", "kSide = 3"),
+        ("end_row = (image + 1) * p.rows_each", "end_row = (image + 1) * p.rows_each + 1"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", UP_MISTAKES, ids=lambda mistake: mistake[-1][:40])
+def test_the_emulator_finds_mistakes_with_a_doubled_map(tmp_path: Path, mistake: tuple[str, str]) -> None:
+    library = mistaken(tmp_path, *mistake, wide=64)
+    assert not all(right(library, conv, order) for conv in UP for order in (0, 1))
+
+
 NORM_MISTAKES = [
     ("moments.add(mine);", "moments.add(after);"), ("fmaxf(square - mean * mean, 0.f)", "(square - mean * mean)"),
     *alike(

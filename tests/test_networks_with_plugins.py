@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,9 @@ def test_clip_multiplies_texts_out(monkeypatch: pytest.MonkeyPatch, shape: Shape
     """By our convolution or TensorRT's, of the context as one map for all."""
     added = plugin_stand_ins.use(monkeypatch)
     monkeypatch.setattr(loading, "CONV_MULTIPLE", 8)  # the small model's context has 40 channels
-    monkeypatch.setattr(Flavour, "has_conv_plugin", lambda self, shape, weight, stride, options, second=0: own)
+    monkeypatch.setattr(
+        Flavour, "has_conv_plugin", lambda self, shape, weight, stride, options, second=0, up=False: own
+    )
     check("clip", "tiny", shape, FOLDED, case=with_texts("clip", shape))
     folded = folded_texts("clip", ModelConfig.load("tiny"), shape, FOLDED)
     assert folded and added == ["CannyConv"] * len(folded) * own
@@ -181,7 +184,9 @@ def test_attention_of_our_plugins_with_q_k_and_v_apart(monkeypatch: pytest.Monke
     assert "CannyConv" not in added and added.count("CannyLayerNorm") == 3 * added.count("CannyGeglu") > 0
 
 
-def of_any_size(flavour: Flavour, shape: Any, weight: Any, stride: int, options: Options, second: int = 0) -> bool:
+def of_any_size(
+    flavour: Flavour, shape: Any, weight: Any, stride: int, options: Options, second: int = 0, up: bool = False
+) -> bool:  # fmt: skip
     """`has_conv_plugin` for stand-ins over every map."""
     return options.conv == "own"
 
@@ -289,7 +294,8 @@ def test_the_builder_gives_convolutions_to_the_plugin(
         (batch, channels, h, w), added = x.shape, rest[-1].shape[0] if fields["residual"] else 0
         norm, gate, second = bool(fields["norm"]), bool(fields["gate"]), fields["second"]
         of_second = rest[fields["norm"]].shape[1] if second else 0
-        found[Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, of_second, gate=gate)] += 1
+        one = Conv(batch, channels, h, w, bias.shape[0], size, stride, added, norm, of_second, gate=gate)
+        found[replace(one, up=bool(fields["up"]))] += 1
         return plugin_stand_ins.conv(network, x, weight, bias, *rest, size=size, stride=stride, **fields)
 
     plugin_stand_ins.use(monkeypatch)
@@ -299,8 +305,8 @@ def test_the_builder_gives_convolutions_to_the_plugin(
     fits = {}
     for one, count in convolutions(config, shape, options).items():
         size, weight = (one.batch, one.channels, one.height, one.width), (one.filters, one.channels, one.size, one.size)
-        if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options, one.second):
+        if plugin_stand_ins.has_conv(flavour, size, weight, one.stride, options, one.second, one.up):
             fits[one] = count
     assert found == fits and len(found) > 10
-    assert any(one.second for one in found) and any(one.gate for one in found)
+    assert all(any(getattr(one, what) for one in found) for what in ("second", "gate", "up"))
     assert any(one.norm for one in found) == (layer_norm == "folded")

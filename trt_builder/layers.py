@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import ADD, CONV, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm
+from plugins.load import ADD, CONV, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm, up_phases
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour
 from trt_builder.weights import Weights
@@ -246,20 +246,25 @@ def residual_conv(net: Net, last: Net, h: trt.ITensor, skip: Net, x: trt.ITensor
     return own(net, ADD, [x, h], "add") if net.flavour.has_residual_plugins(net.options) else add(net, x, h)
 
 
-def takes_own_conv(net: Net, x: trt.ITensor, weight: Sequence[int], stride: int = 1, second: int = 0) -> bool:
-    """Whether a convolution of x by a weight of this shape, with a second map of so many channels, is our plugin's."""
-    return net.flavour.has_conv_plugin(x.shape, weight, stride, net.options, second)
+def takes_own_conv(
+    net: Net, x: trt.ITensor, weight: Sequence[int], stride: int = 1, second: int = 0, up: bool = False
+) -> bool:  # fmt: skip
+    """Whether a convolution of x by a weight of this shape, with a second map of so many channels, or of x doubled with
+    `up`, is our plugin's.
+    """
+    return net.flavour.has_conv_plugin(x.shape, weight, stride, net.options, second, up)
 
 
 def own_conv(
     net: Net, x: trt.ITensor, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1,
     residual: trt.ITensor | None = None, what: str = "", norm: Net | None = None, gate: bool = False,
-    second: Sequence[tuple[trt.ITensor, np.ndarray]] = (),
+    second: Sequence[tuple[trt.ITensor, np.ndarray]] = (), up: bool = False,
 ) -> trt.ITensor:  # fmt: skip
     """Convolution by our plugin: weight (D, C, size, size), zeros around the map, the residual added in the kernel.
 
     norm: where the LayerNorm is that x goes through first, in the kernel, too. gate: a · GELU(b) of the result (a, b).
-    second: another map of x's batch and size and its weight (D, E, 1, 1), or none; its products are added.
+    second: another map of x's batch and size and its weight (D, E, 1, 1), or none; its products are added. up: of x
+    doubled along both axes.
     """
     exact, name, sums = net.float32(), f"{what}." if what else "", []
     bias = np.zeros(len(weight)) if bias is None else bias
@@ -268,12 +273,16 @@ def own_conv(
         gamma, beta = (norm.float32().weight(one) for one in ("weight", "bias"))
         weight, bias, of_filters = fold_norm(weight, bias, gamma, beta)
         sums = [exact.constant(of_filters, of_filters.shape, f"{name}weight_sums")]
-    blocks = conv_blocks(weight, *(of_map for _, of_map in second))
+    blocks = conv_blocks(up_phases(weight, net.dtype) if up else weight, *(of_map for _, of_map in second))
+    if up and not np.isfinite(blocks).all():
+        where = ".".join(net.path)
+        raise ValueError(f"sums of taps of {where} are too large for float16: use --conv builtin.")
     w = net.constant(blocks, blocks.shape, f"{name}weight")
     b = exact.constant(bias, (len(weight),), f"{name}bias")
     inputs = [x, w, b, *sums, *(a_map for a_map, _ in second), *([] if residual is None else [residual])]
     fields = {"size": weight.shape[2], "stride": stride, "residual": int(residual is not None)}
     fields |= {"norm": int(norm is not None), "second": len(second), "gate": int(gate), "beside": int(net.beside)}
+    fields |= {"up": int(up)}
     return own(net, CONV, inputs, what, **fields, epsilon=LAYER_NORM_EPSILON)
 
 
@@ -394,8 +403,12 @@ def own_outputs(
     return [net.add(layer, what), *(layer.get_output(i) for i in range(1, count))]
 
 
-def upsample_nearest(net: Net, x: trt.ITensor) -> trt.ITensor:
-    """(B, C, h, w) → (B, C, 2h, 2w)."""
+def upsample(net: Net, x: trt.ITensor) -> trt.ITensor:
+    """Nearest neighbours, then a 3×3 convolution: (B, C, h, w) → (B, D, 2h, 2w). Our plugin makes no map between."""
+    after = net.at("conv")
+    if takes_own_conv(after, x, after.shape(), up=True):
+        exact = after.float32()
+        return own_conv(after, x, exact.weight(), exact.weight("bias"), up=True)
     layer = net.network.add_resize(x)
     layer.resize_mode, layer.scales = net.api.InterpolationMode.NEAREST, (1, 1, 2, 2)
-    return net.add(layer, "nearest")
+    return conv(after, net.add(layer, "nearest"))

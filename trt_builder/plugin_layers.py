@@ -44,19 +44,21 @@ BUILT_IN_ROWS = 32
 # Numbers of the result up to which convolutions are our plugin's, by their size: with more there are tiles enough for
 # TensorRT's own to keep a GPU busy. Those of size 1 spare a launch: of a LayerNorm, a gate or another product.
 CONV_NUMBERS = {1: 7_864_320, 3: 983_040}
+# The same of those of a doubled map, where TensorRT makes that first, and more than twice the products.
+UP_NUMBERS = 3_145_728
 
 # By how much wider than x the weights of a text's words may be, of all heads: the products with them take the place of
 # to_q's and to_out's, and must not become much larger. Of SD 1.5 those over 320 channels are twice as wide, and won.
 CROSS_GROWTH = 2
 
 
-def conv_wins(rows: int, weight: Sequence[int]) -> bool:
+def conv_wins(rows: int, weight: Sequence[int], up: bool = False) -> bool:
     """Whether our plugin was measured to win over TensorRT 8.6's own convolution to this many positions, B·h·w.
 
-    weight: the shape (D, C, size, size). Source: the measurements in plugins/README.md.
+    weight: the shape (D, C, size, size). up: of a doubled map. Source: the measurements in plugins/README.md.
     """
     filters, _, size, _ = weight
-    return rows * filters <= CONV_NUMBERS.get(size, 0)
+    return rows * filters <= (UP_NUMBERS if up else CONV_NUMBERS.get(size, 0))
 
 
 def cross_fits(shape: Sequence[int], heads: int, words: int, options: Options) -> bool:
@@ -216,19 +218,25 @@ class PluginLayers:
         return True
 
     def has_conv_plugin(
-        self, shape: Sequence[int], weight: Sequence[int], stride: int, options: Options, second: int = 0
+        self,
+        shape: Sequence[int],
+        weight: Sequence[int],
+        stride: int,
+        options: Options,
+        second: int = 0,
+        up: bool = False,
     ) -> bool:
         """Whether our plugin serves a convolution of a map (B, C, h, w) by a weight (D, C, size, size), by the option.
 
-        second: channels of a second map, of a 1×1 weight, that it does in the same launch, at stride 1.
-        Raises FlavourError where it cannot be had.
+        second: channels of a second map, of a 1×1 weight, that it does in the same launch, at stride 1. up: of the map
+        doubled along both axes. Raises FlavourError where it cannot be had.
         """
         if options.conv != "own" or options.precision != "fp16":
             return False
         self._need(CONV, "conv")
-        rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
+        rows = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride) * (4 if up else 1)
         beside = not second or (stride == 1 and not second % CONV_MULTIPLE)
-        return beside and has_conv_kernel(shape, weight, stride) and conv_wins(rows, weight)
+        return beside and has_conv_kernel(shape, weight, stride, up) and conv_wins(rows, weight, up)
 
     def has_cross_plugin(self, shape: Sequence[int], heads: int, words: int, options: Options) -> bool:
         """Whether our plugin serves a cross-attention, as `cross_fits` has it; FlavourError where it cannot be had."""

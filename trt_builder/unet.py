@@ -24,7 +24,7 @@ from trt_builder.layers import (
     reshape,
     residual_conv,
     takes_own_conv,
-    upsample_nearest,
+    upsample,
 )
 from trt_builder.text import folded_attention
 
@@ -150,7 +150,7 @@ def run_block(
         elif layer.kind == "down":
             x = conv(at.at("op"), x, stride=2)
         else:
-            x = conv(at.at("conv"), upsample_nearest(at, x))
+            x = upsample(at, x)
     return x
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trt_builder.attention import attention
 from trt_builder.config import VAEConfig
-from trt_builder.layers import Net, conv, group_norm, reshape, residual_conv, upsample_nearest
+from trt_builder.layers import Net, conv, group_norm, reshape, residual_conv, upsample
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -39,11 +39,6 @@ def attn_block(net: Net, x: trt.ITensor) -> trt.ITensor:
 def downsample(net: Net, x: trt.ITensor) -> trt.ITensor:
     """3×3 convolution of stride 2, padded on the right and below only."""
     return conv(net.at("conv"), x, stride=2, padding=(0, 1))
-
-
-def upsample(net: Net, x: trt.ITensor) -> trt.ITensor:
-    """Nearest ×2, then a 3×3 convolution."""
-    return conv(net.at("conv"), upsample_nearest(net, x))
 
 
 def mid(net: Net, x: trt.ITensor) -> trt.ITensor:

@@ -18,15 +18,20 @@
 // base 2, of that plus the head's last number, in 80 columns for each head, which are the filters. cross 2: x is that, and
 // y the sum over heads and words of x times the head's second C numbers, with bias and residual.
 //
+// With up, 3×3 of stride 1 without residual and second map only, it is of x with every position doubled along both axes
+// (nearest neighbours): y has four phases, of even and odd lines and columns, each a 2×2 convolution of x itself by the sums
+// of the filters' taps that fall on the same position (plugins.load.up_phases): 4/9 of the products, and no map between.
+//
 // With gate, 1×1 without a residual only, y is a · GELU(b) and half as wide: filters are 8 of a, 8 of b, 8 of a, …
 struct CannyConv {
     const void* x;         // (B, height, width, channels), channels a multiple of 64
-    const void* weight;    // (filters / 64, channels / 64 · size·size + second_channels / 64, 64, 64), see conv_blocks
+    const void* weight;    // (filters / 64, channels / 64 · size·size + second_channels / 64, 64, 64), see conv_blocks;
+                           // with up (4·filters / 64, channels / 64 · 4, 64, 64), one phase after the other
     const float* bias;     // (filters), a multiple of 64
     const void* residual;  // (residual_batch, height / stride, width / stride, filters), taken in turn; or null
     const float* weight_sums;  // (filters), each the sum of a filter's weights; or null
     const void* second;        // (B, height, width, second_channels); or null
-    void* y;               // (B, height / stride, width / stride, filters), quotients rounded up
+    void* y;               // (B, height / stride, width / stride, filters), quotients rounded up; (B, 2·height, …) with up
     int32_t batch, height, width, channels, filters, size, stride, residual_batch;
     int32_t second_channels;      // a multiple of 64; 0 without a second map
     int32_t cluster, high, wide;  // blocks that share a tile, rows and filters of a tile; 0: chosen from the shape
@@ -35,4 +40,5 @@ struct CannyConv {
     int32_t beside;               // 1: kernels of another stream are to run beside it
     int32_t cross;                // 0; 1 for a cross-attention's scores, 2 for its values
     int32_t x_batch, words, text_pitch;  // with cross
+    int32_t up;                          // 0 or 1
 };

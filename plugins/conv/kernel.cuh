@@ -8,6 +8,7 @@
 //   has the positions' channels copied, 64 of them once for all nine taps. Barriers tell who waits for whom.
 // - Each warpgroup multiplies 64 positions, which it picks for each tap by address, by the weights in shared memory.
 // - A second map comes behind x, 64 channels of the tile's own positions at a time, which lie where x has its middle tap.
+// - Of a doubled map the four phases are convolutions of 2×2 taps, each by weights of its own (call.h); no tile has rows of two.
 // - The two halves of a cross-attention over a text that is multiplied out are 1×1 convolutions by weights that the text has
 //   (call.h); no tile has positions of two texts.
 //
@@ -30,17 +31,18 @@ struct ConvWork {
     ConvParams params;
 };
 
-// kTaps: 1 or 9.
+// kTaps: 1 or 9, or 4 of a phase.
 template <int kGroups, int kWide, bool kNorm, int kTaps, int kKind>
 struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kKind> {
     using Tile = ConvTile<kGroups, kWide, kNorm, kKind>;
     using typename Tile::Moments;
-    using Tile::kHigh, Tile::kSums, Tile::kConsumers, Tile::kScores, Tile::kValues, Tile::kCross, Tile::p, Tile::memory,
-        Tile::image, Tile::first_row, Tile::end_row, Tile::first_filter, Tile::rank, Tile::warp, Tile::lane;
+    using Tile::kHigh, Tile::kSums, Tile::kConsumers, Tile::kScores, Tile::kValues, Tile::kCross, Tile::kUp, Tile::p,
+        Tile::memory, Tile::image, Tile::first_row, Tile::end_row, Tile::first_filter, Tile::rank, Tile::warp, Tile::lane;
 
     static constexpr int kUnit = kWide * kConvRow;  // bytes of the weights of a unit
     static constexpr int kOffsets = conv_offsets(kGroups, kTaps);
     static constexpr bool kUneven = conv_uneven(kGroups, kWide);
+    static constexpr int kSide = kUp ? 2 : 3;  // taps along an axis
 
     const ConvWork& work;
     uint32_t weights, positions, barriers;  // addresses
@@ -61,11 +63,11 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kKind> {
         first = rank * p.share + min(rank, p.rest);
         last = first + p.share + (rank < p.rest);
         if constexpr (kCross) {
-            int32_t each = p.out_height * p.out_width, of_x = image;
+            int32_t of_x = image;
             if (kScores) of_x -= conv_divide(image, p.by_x_batch) * p.call.x_batch;
-            range.first = first_row + (of_x - image) * each;
+            range.first = first_row + (of_x - image) * p.rows_each;
         } else {
-            range = conv_range(p, first_row, kHigh);
+            range = conv_range(p, first_row - image * p.rows_each, kHigh, kUp ? p.rows_each : p.rows);
         }
     }
 
@@ -107,8 +109,10 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kKind> {
     // One thread: have the weights of units copied, from `unit` to before `end`.
     __device__ __forceinline__ void copy_weights(ConvRing& ring, int32_t unit, int32_t end) const {
         constexpr int32_t kBlock = kConvBlock * int(sizeof(__half));
+        int32_t blocks = first_filter / 64;
+        if constexpr (kUp) blocks += image * (p.call.filters / 64);
         const __half* from = static_cast<const __half*>(p.call.weight) +
-                             (int64_t(first_filter / 64) * p.units + unit) * kConvBlock;
+                             (int64_t(blocks) * p.units + unit) * kConvBlock;
         for (; unit < end; unit++, from += kConvBlock) {
             ring.wait_empty();
             barrier_expect(ring.full, kUnit);
@@ -180,15 +184,17 @@ struct ConvBlock : ConvTile<kGroups, kWide, kNorm, kKind> {
     __device__ __forceinline__ uint32_t put_offsets() const {
         int32_t row = first_row + warp * 16 + lane % 16, stride = p.call.stride;
         if constexpr (kCross) return kUnit + offset_of(row < end_row ? row - first_row : 0);
-        ConvPosition to = conv_position(p, row);
+        ConvPosition to = conv_position(p, row - image * p.rows_each);
         int32_t middle = to.at - range.first;
         if constexpr (kTaps == 1) {
-            return kUnit + offset_of(row < p.rows ? middle : 0);
+            return kUnit + offset_of(row < end_row ? middle : 0);
         } else {
 #pragma unroll 1
             for (int32_t tap = 0; tap < kTaps; tap++) {
-                int32_t line = tap / 3 - 1, column = tap % 3 - 1, y = to.y * stride + line, x = to.x * stride + column;
-                bool exists = row < p.rows && y >= 0 && y < p.call.height && x >= 0 && x < p.call.width;
+                int32_t line = tap / kSide - 1, column = tap % kSide - 1;
+                if (kUp) line += image / 2, column += image % 2;
+                int32_t y = to.y * stride + line, x = to.x * stride + column;
+                bool exists = row < end_row && y >= 0 && y < p.call.height && x >= 0 && x < p.call.width;
                 int32_t at = middle + line * p.call.width + column, zeros = p.x_rows - kConvEight;
                 offsets[tap * kConsumers + threadIdx.x] = offset_of(exists ? at : zeros + (at & (kConvEight - 1)));
             }
@@ -350,8 +356,10 @@ bool run_conv(const CannyConv& call, Launch&& launch) {
         if constexpr (kWide > conv_widest(kGroups, norm) || (kGate && !conv_gates(kGroups, kWide))) {
             return false;
         } else {
-            if constexpr (!norm && !kGate && kWide <= kConvNarrow)
+            if constexpr (!norm && !kGate && kWide <= kConvNarrow) {
                 if (p.taps == 9) return go(conv<kGroups, kWide, false, 9, kConvPlain>);
+                if (p.taps == 4) return go(conv<kGroups, kWide, false, 4, kConvUp>);
+            }
             return go(conv<kGroups, kWide, norm, 1, kGate ? kConvGate : kConvPlain>);
         }
     };

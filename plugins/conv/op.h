@@ -10,12 +10,13 @@ namespace canny {
 struct ConvOp {
     struct Fields {
         int32_t version = kFieldsVersion, size = 0, stride = 0, residual = 0, norm = 0, second = 0, gate = 0, beside = 0;
+        int32_t up = 0;
         float epsilon = 0.f;
     };
     using Tensor = nvinfer1::PluginTensorDesc;
 
     static constexpr char name[] = "CannyConv";
-    static constexpr std::array<Field, 9> fields{
+    static constexpr std::array<Field, 10> fields{
         {{"version", false, offsetof(Fields, version)},
          {"size", false, offsetof(Fields, size)},
          {"stride", false, offsetof(Fields, stride)},
@@ -24,6 +25,7 @@ struct ConvOp {
          {"second", false, offsetof(Fields, second)},
          {"gate", false, offsetof(Fields, gate)},
          {"beside", false, offsetof(Fields, beside)},
+         {"up", false, offsetof(Fields, up)},
          {"epsilon", true, offsetof(Fields, epsilon)}}
     };
 
@@ -39,6 +41,9 @@ struct ConvOp {
         if (wrong.empty()) wrong = no_switch("beside", f.beside);
         if (wrong.empty() && f.gate && (f.size != 1 || f.residual))
             wrong = "gate is 1, but only convolutions of size 1 without a residual take one";
+        if (wrong.empty()) wrong = no_switch("up", f.up);
+        if (wrong.empty() && f.up && (f.size != 3 || f.stride != 1 || f.residual || f.second))
+            wrong = "up is 1, but only convolutions of size 3 and stride 1 without a residual or second map take a doubled one";
         if (!wrong.empty() || !f.norm) return wrong;
         if (f.size != 1) return "norm is 1, but only convolutions of size 1 take a LayerNorm before them";
         return no_positive("epsilon", f.epsilon);
@@ -47,15 +52,16 @@ struct ConvOp {
     // x (B, C, h, w), weight (D / 64, C / 64 · size·size, 64, 64) as plugins.load.conv_blocks makes it, bias (D) and
     // perhaps, where x is normalised first, the sums of the filters' weights (D), a second map (B, E, h, w), which adds
     // E / 64 to the weight's second axis, and a residual (1 or B, D, h / stride, w / stride). With gate the filters are 8 of
-    // a, 8 of b, 8 of a, …, and the result is a · GELU(b) (B, D / 2, …).
+    // a, 8 of b, 8 of a, …, and the result is a · GELU(b) (B, D / 2, …). With up the result is (B, D, 2·h, 2·w), and the
+    // weight (4·D / 64, C / 64 · 4, 64, 64), of what plugins.load.up_phases makes.
     static int32_t inputs(const Fields& f) { return 3 + f.norm + f.second + f.residual; }
 
     static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
         nvinfer1::DimsExprs y = in[0];
-        auto divide = nvinfer1::DimensionOperation::kCEIL_DIV;
+        auto divide = nvinfer1::DimensionOperation::kCEIL_DIV, times = nvinfer1::DimensionOperation::kPROD;
         y.d[1] = f.gate ? build.operation(divide, *in[2].d[0], *build.constant(2)) : in[2].d[0];
         for (int32_t i = 2; i < 4; i++)
-            y.d[i] = build.operation(divide, *y.d[i], *build.constant(f.stride));
+            y.d[i] = build.operation(f.up ? times : divide, *y.d[i], *build.constant(f.up ? 2 : f.stride));
         return y;
     }
 
@@ -77,10 +83,11 @@ struct ConvOp {
         if (x.nbDims != 4 || x.d[1] % 64) return "its first input must have the shape (B, C, h, w), C a multiple of 64";
         if (f.second && (!has_size_of_y(second) || second.d[0] != x.d[0] || second.d[1] % 64))
             return "the second map must have the shape (B, E, h, w), E a multiple of 64";
-        int32_t stages = (f.size * f.size * int32_t(x.d[1]) + (f.second ? int32_t(second.d[1]) : 0)) / 64;
+        int32_t taps = f.up ? 4 : f.size * f.size, phases = f.up ? 4 : 1;
+        int32_t stages = (taps * int32_t(x.d[1]) + (f.second ? int32_t(second.d[1]) : 0)) / 64;
         bool fits = weight.nbDims == 4 && weight.d[1] == stages && weight.d[2] == 64 && weight.d[3] == 64;
-        if (!fits || bias.nbDims != 1 || bias.d[0] != 64 * weight.d[0])
-            return "the weight must have the shape (D / 64, " + std::to_string(stages) + ", 64, 64) and the bias (D)";
+        if (!fits || bias.nbDims != 1 || phases * bias.d[0] != 64 * weight.d[0])
+            return std::string("the weight must have the shape (") + (f.up ? "4·" : "") + "D / 64, " + std::to_string(stages) + ", 64, 64) and the bias (D)";
         if (f.norm && (sums.nbDims != 1 || sums.d[0] != bias.d[0]))
             return "the sums of the filters' weights must have the shape (" + std::to_string(bias.d[0]) + ")";
         if (!f.residual) return "";
@@ -113,6 +120,7 @@ struct ConvOp {
         call.epsilon = f.epsilon;
         call.gate = f.gate;
         call.beside = f.beside;
+        call.up = f.up;
         return canny_conv(&call, stream);
     }
 };

@@ -23,10 +23,10 @@ constexpr int32_t kConvPlaces = 6;         // most for weights
 constexpr int kConvAlign = 1024;           // the swizzled weights begin at a multiple of it
 
 // What is done with a tile's sums, or to them: a template's number.
-enum ConvKind { kConvPlain, kConvGate, kConvScores, kConvValues };
+enum ConvKind { kConvPlain, kConvGate, kConvScores, kConvValues, kConvUp };
 
 inline int32_t conv_kind(const CannyConv& call) {
-    return call.cross ? kConvGate + call.cross : call.gate;
+    return call.up ? kConvUp : call.cross ? kConvGate + call.cross : call.gate;
 }
 
 constexpr int32_t kConvWords = 80;  // columns of a head's scores: most words of a text
@@ -41,10 +41,10 @@ struct ConvParams {
     // Rows of a copy of x, or of the second map; how many copies of x are all that a tile needs; rows of a place, places,
     // and those for weights.
     int32_t x_box, second_box, x_boxes, x_rows, x_places, places;
-    // With cross: heads; tiles of rows of an image, and inverses of that and of x_batch.
-    int32_t heads, tiles_each;
+    int32_t heads, tiles_each;  // with cross; tiles of rows of an image
     int32_t rows_beside;  // 1: tiles of rows begin side by side, else tiles of filters
-    uint32_t by_tiles, by_x_batch;
+    uint32_t by_tiles, by_x_batch;  // inverses of tiles_each and x_batch
+    int32_t rows_each;  // of an image, which has weights of its own: a row of the batch with cross, a phase with up, or all
 };
 
 struct ConvPlan {
@@ -104,7 +104,7 @@ constexpr uint32_t conv_inverse(uint32_t d) { return uint32_t(((uint64_t(1) << 3
 CANNY_BOTH int32_t conv_divide(int32_t n, uint32_t by) { return int32_t(uint64_t(2u * n + 1u) * by >> 32); }
 constexpr int32_t kConvMostRows = 8000;  // with those that a tile has beyond the end below 8192
 
-// A position of y, and where the x of its middle tap lies: in positions.
+// A position of y, or of its phase, and where the x of its middle tap lies: in positions.
 struct ConvPosition {
     int32_t b, y, x, at;
 };
@@ -115,14 +115,14 @@ CANNY_BOTH ConvPosition conv_position(const ConvParams& p, int32_t row) {
     return {b, y, x, (b * p.call.height + y * stride) * p.call.width + x * stride};
 }
 
-// The positions of x, from `first` to before `last`, that a tile of rows needs.
+// The positions of x, from `first` to before `last`, that a tile of an image's rows needs.
 struct ConvRange {
     int32_t first, last;
 };
 
-CANNY_BOTH ConvRange conv_range(const ConvParams& p, int32_t first_row, int32_t high) {
+CANNY_BOTH ConvRange conv_range(const ConvParams& p, int32_t first_row, int32_t high, int32_t rows) {
     int32_t border = p.call.size / 2 * (p.call.width + 1), all = p.call.batch * p.call.height * p.call.width;
-    int32_t last_row = first_row + high < p.rows ? first_row + high - 1 : p.rows - 1;
+    int32_t last_row = first_row + high < rows ? first_row + high - 1 : rows - 1;
     int32_t first = conv_position(p, first_row).at - border;
     int32_t last = conv_position(p, last_row).at + border + 1;
     return {first > 0 ? first : 0, last < all ? last : all};
@@ -135,12 +135,12 @@ inline void conv_extent(ConvPlan& plan) {
     ConvParams& p = plan.params;
     int32_t high = 64 * plan.groups, most_x = 0, most_second = 0;
     if (p.call.cross) {  // no tile has rows of two images
-        p.x_boxes = 1, p.x_box = p.x_rows = conv_eights(std::min(high, p.rows / p.call.batch));
+        p.x_boxes = 1, p.x_box = p.x_rows = conv_eights(std::min(high, p.rows_each));
         return;
     }
     p.second_box = conv_eights(p.taps == 1 ? high : high + kConvEight - 1);
-    for (int32_t row = 0; row < p.rows; row += high) {
-        ConvRange range = conv_range(p, row, high);
+    for (int32_t row = 0; row < p.rows_each; row += high) {
+        ConvRange range = conv_range(p, row, high, p.rows_each);
         int32_t second = (row - range.first) / kConvEight * kConvEight + p.second_box;
         if (range.last - range.first > most_x) most_x = range.last - range.first;
         if (second > most_second) most_second = second;
@@ -213,7 +213,7 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     bool crowded = together > 1 && blocks > kMany;
     // A unit: the clocks that shared memory is busy with it, at 128 bytes each, or the wait of a warpgroup for itself.
     auto unit = [&](int32_t taps) {
-        double busy = crowded ? (taps == 1 ? 2.84 : 2.) : 1.;
+        double busy = crowded ? (taps == 1 ? 2.84 : taps == 4 ? 2.2 : 2.) : 1.;
         double shared = 1.82 * busy * (plan.groups * (plan.wide + 21.2 / taps) + plan.wide) / kClock;
         return std::max(shared, 216.1 + 26.9 * plan.groups) + (norm ? 105.3 : 0.);
     };
@@ -223,9 +223,9 @@ inline int32_t conv_predicted(const ConvPlan& plan) {
     double high = 64 * plan.groups, of_x = (high + (p.taps > 1 ? 2 * p.call.width + 2 : 0)) * kConvRow / p.taps;
     double read = p.units * double(plan.wide * kConvRow) + (p.units - single) * of_x + single * high * kConvRow;
     double cache = p.rows_beside ? plan.tiles * read / kCacheRate : 0.;
-    double texts = p.call.cross ? p.call.batch : 1.;
+    double images = p.rows / p.rows_each;  // each with weights of its own
     double readers = std::min(blocks * plan.wide / 5762., 1.);  // so many bytes ahead keep the memory busy
-    double memory = texts * p.units * p.call.filters * kConvRow / kMemoryRate / readers;
+    double memory = images * p.units * p.call.filters * kConvRow / kMemoryRate / readers;
     double sums = ((p.cluster == 1 ? kOwn : kShared) + (p.call.gate || p.call.cross == 1 ? kMore : 0.)) * plan.groups *
                   plan.wide * turns;
     double rest = 1651. + sums + 333. * (p.cluster - 1) + 2512. * (turns - 1) + (blocks >= kMany ? 183. : 0.);
@@ -253,31 +253,34 @@ inline ConvPlan conv_plan(const CannyConv& call) {
     if (call.second_channels < 0 || call.second_channels % kConvDeep) return none;
     if (call.second_channels && (call.stride != 1 || call.weight_sums)) return none;
     if (call.gate && (call.gate != 1 || call.size != 1 || call.residual)) return none;
+    bool plain = call.size == 3 && call.stride == 1 && !call.residual && !call.second_channels;
+    if (call.up && (call.up != 1 || !plain)) return none;
     if (call.residual && (call.residual_batch < 1 || call.residual_batch > call.batch)) return none;
     if (call.cluster < 0 || call.cluster > kConvMostCluster) return none;
     if (!conv_crosses(call)) return none;
     ConvParams p{call};
     p.out_height = (call.height + call.stride - 1) / call.stride;
     p.out_width = (call.width + call.stride - 1) / call.stride;
-    p.rows = call.batch * p.out_height * p.out_width;
-    p.taps = call.size * call.size;
+    int32_t images = call.cross ? call.batch : call.up ? 4 : 1;
+    p.rows_each = (call.cross ? 1 : call.batch) * p.out_height * p.out_width;
+    p.rows = images * p.rows_each;
+    p.taps = call.up ? 4 : call.size * call.size;
     p.x_units = p.taps * (call.channels / kConvDeep);
     p.units = p.x_units + call.second_channels / kConvDeep;
     if (p.rows > kConvMostRows) return none;
     p.heads = (call.cross == 1 ? call.filters : call.channels) / kConvWords;
     p.by_x_batch = call.cross == 1 ? conv_inverse(call.x_batch) : 0;
-    int32_t images = call.cross ? call.batch : 1, rows_each = p.rows / images;
     p.by_width = conv_inverse(p.out_width);
     p.by_height = conv_inverse(p.out_height);
     p.by_residual = call.residual ? conv_inverse(call.residual_batch * p.out_height * p.out_width) : 0;
     for (int32_t groups = 1; groups <= kConvMostGroups; groups++) {
         int32_t high = 64 * groups;
-        if (groups > 1 && high - 64 >= rows_each) break;
+        if (groups > 1 && high - 64 >= p.rows_each) break;
         if (call.high && call.high != high) continue;
         ConvPlan rows;
         rows.params = p;
         rows.groups = groups;
-        rows.params.tiles_each = (rows_each + high - 1) / high;
+        rows.params.tiles_each = (p.rows_each + high - 1) / high;
         rows.params.by_tiles = conv_inverse(rows.params.tiles_each);
         conv_extent(rows);
         for (int32_t wide : kConvWidths) {

@@ -42,6 +42,7 @@ template <int kGroups, int kWide, bool kNorm, int kKind>
 struct ConvTile {
     static constexpr int kHigh = 64 * kGroups, kSums = kWide / 2, kWarps = 4 * kGroups, kConsumers = 32 * kWarps;
     static constexpr bool kScores = kKind == kConvScores, kValues = kKind == kConvValues, kCross = kScores || kValues;
+    static constexpr bool kUp = kKind == kConvUp, kImages = kCross || kUp;
     static constexpr int kGate = kKind == kConvGate, kEights = conv_piece(kKind), kColumns = 8 * kEights >> kGate;
     static constexpr int kSections = kWide / (8 * kEights), kPieces = kSections * kWarps;
     // For residuals; wider tiles have no registers for it.
@@ -52,7 +53,7 @@ struct ConvTile {
     char* memory;
     float *constants, *parts;  // biases and sums of weights; what the blocks have of this one's pieces
     int32_t first_row, end_row, first_filter, rank, warp, lane;
-    int32_t image = 0;  // row of the batch, with a cross-attention
+    int32_t image = 0;  // which has weights of its own: a row of the batch with a cross-attention, or a phase
 
     __device__ __forceinline__ explicit ConvTile(const ConvParams& params) : p(params) {
         memory = shared_memory() + (0u - shared_address(shared_memory())) % kConvAlign;
@@ -62,11 +63,10 @@ struct ConvTile {
         first_filter = (p.rows_beside ? blockIdx.z : blockIdx.y) * kWide;
         first_row = of_rows * kHigh;
         end_row = p.rows;
-        if constexpr (kCross) {
+        if constexpr (kImages) {
             image = conv_divide(of_rows, p.by_tiles);
-            int32_t each = p.out_height * p.out_width;
-            first_row += image * (each - p.tiles_each * kHigh);
-            end_row = (image + 1) * each;
+            first_row += image * (p.rows_each - p.tiles_each * kHigh);
+            end_row = (image + 1) * p.rows_each;
         }
     }
 
@@ -156,6 +156,12 @@ struct ConvTile {
         };
     }
 
+    // Which position of y a row of a phase is.
+    __device__ __forceinline__ int32_t line_of(int32_t row) const {
+        ConvPosition to = conv_position(p, row - image * p.rows_each);
+        return ((to.b * p.out_height + to.y) * 2 + image / 2) * 2 * p.out_width + 2 * to.x + image % 2;
+    }
+
     using Residual = uint32_t[2][4];
 
     __device__ __forceinline__ void ask(Residual& residual, const Place& to) const {
@@ -164,7 +170,7 @@ struct ConvTile {
         for (int i = 0; i < 2; i++) {
             int32_t row = to.row + 8 * i, lines = c.residual_batch * p.out_height * p.out_width;
             for (uint32_t& word : residual[i]) word = 0;
-            if (!c.residual || row >= end_row || to.column >= (first_filter + kWide) >> kGate) continue;
+            if (kUp || !c.residual || row >= end_row || to.column >= (first_filter + kWide) >> kGate) continue;
             int64_t from = int64_t(row - conv_divide(row, p.by_residual) * lines) * c.filters + to.column;
             load_words(residual[i], static_cast<const __half*>(c.residual) + from);
         }
@@ -191,7 +197,9 @@ struct ConvTile {
     // and all of them 64 bytes.
     __device__ __forceinline__ void
     finish(Sums& sums, const Moments& moments, const Place& to, Residual& residual) const {
-        __half* y = static_cast<__half*>(p.call.y) + int64_t(to.row) * (p.call.filters >> kGate) + to.column;
+        int32_t line = to.row;
+        if constexpr (kUp) line = line_of(to.row);
+        __half* y = static_cast<__half*>(p.call.y) + int64_t(line) * (p.call.filters >> kGate) + to.column;
         float x = moments.x[0], squares = moments.squares[0];
         // With a gate each row by itself, for less code.
 #pragma unroll(kGate ? 1 : 2)
@@ -201,7 +209,7 @@ struct ConvTile {
             uint32_t words[4];
             if constexpr (!kGate) {
                 for (int k = 0; k < 4; k++) words[k] = residual[i][k];
-                if (p.call.residual) swap_words(words);
+                if (!kUp && p.call.residual) swap_words(words);
             }
 #pragma unroll
             for (int k = 0; k < 4; k++) {
@@ -217,7 +225,8 @@ struct ConvTile {
             }
             swap_words(words);
             if (to.row + 8 * i < end_row) store_words(words, y);
-            y += 8 * (p.call.filters >> kGate);
+            if constexpr (kUp) y += (line_of(to.row + 8) - line) * p.call.filters;
+            else y += 8 * (p.call.filters >> kGate);
             x = moments.x[1], squares = moments.squares[1];
 #pragma unroll
             for (float(&four)[4] : sums) four[0] = four[2], four[1] = four[3];
