@@ -152,8 +152,7 @@ class Flavour(PluginLayers):
         config = builder.create_builder_config()
         if detailed:
             config.profiling_verbosity = trt_.ProfilingVerbosity.DETAILED
-        if options.precision == "fp32":
-            config.clear_flag(trt_.BuilderFlag.TF32)
+        config.clear_flag(trt_.BuilderFlag.TF32)  # what is in single precision is so for its digits
         if not self.strongly_typed:
             if options.precision == "fp16":
                 config.set_flag(trt_.BuilderFlag.FP16)

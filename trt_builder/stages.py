@@ -182,17 +182,21 @@ def hint(stage: Stage) -> None:
 
 
 def time(stage: Stage) -> None:
-    """`timesteps` (S,) → `<stage>.row<i>` (S, C_i) of each ResBlock."""
+    """`timesteps` (S,) → `<stage>.row<i>` (S, C_i) of each ResBlock.
+
+    In single precision up to the rows: they are made once a picture, and every step of it has their error.
+    """
     config = stage.config
     timesteps = stage.input("timesteps", (stage.shape.steps,), np.int32)
     emb = {}
     for unet in (config.unet, config.control):
-        net = stage.net("").at(unet.prefix.removesuffix("."))
+        net = stage.net("").at(unet.prefix.removesuffix(".")).float32()
         emb[unet.prefix] = silu(net.at("emb_layers.0"), embed_time(net, unet, timesteps))
     for name in config.consumers():
         unet = config.control if name == "control" else config.unet
-        for i, row in enumerate(time_rows(stage.net(""), config.rows(name), emb[unet.prefix])):
-            stage.output(f"{name}.row{i}", row)
+        for i, row in enumerate(time_rows(stage.net("").float32(), config.rows(name), emb[unet.prefix])):
+            output = f"{name}.row{i}"
+            stage.output(output, stage.net("").at(output).cast(row))
 
 
 def control(stage: Stage) -> None:
