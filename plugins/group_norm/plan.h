@@ -123,8 +123,7 @@ inline Plan plan_linear(const Shape& shape) {
 
 // How often a large GPU is filled.
 constexpr int32_t plan_turns(const Plan& plan, int32_t batch) {
-    int32_t large = plan.slices > 8 ? 1 : kClustersAtOnce[plan.slices - 1];
-    return ceil_div(plan.tiles * batch, plan.batches <= 2 ? 2 * large : large);
+    return ceil_div(plan.tiles * batch, plan.slices > 8 ? 1 : kClustersAtOnce[plan.slices - 1]);
 }
 
 // The plan for a GPU whose clusters have up to `max_cluster` blocks (1 where it knows none).
@@ -155,6 +154,9 @@ inline Plan make_plan(const Shape& shape, int32_t max_cluster, int32_t force = 0
         Plan plan = plan_one_launch(shape, slices);
         if (plan.batches <= most && (force || plan_turns(plan, shape.batch) == 1)) chosen = plan;
     }
+    // Tiles of half a line are slow to read where there are few blocks; then the map is rather read twice.
+    bool late = chosen.path != Path::kNone && chosen.batches > 2 && plan_turns(chosen, shape.batch) == 2 && !force;
+    if (late && chosen.tile * (shape.half ? 2 : 4) < 128) chosen = none;
     if (chosen.path != Path::kNone || force > 0) return chosen;
     chosen = plan_two_launches(shape);
     return chosen.lanes ? chosen : none;
