@@ -18,8 +18,8 @@ FIRSTS = [  # ControlNet's and the UNet's of SD 1.5 at 256×384, alone, before a
     First(1, 4, 32, 48, 320, hint_batch=1, repeat=2), First(1, 4, 32, 48, 320, repeat=2),
     First(2, 4, 16, 24, 320, hint_batch=1), First(2, 4, 5, 7, 320, hint_batch=2, repeat=2), First(2, 4, 5, 7, 320),
     First(1, 4, 8, 8, 32, repeat=2), First(3, 4, 5, 7, 32, hint_batch=1, repeat=2), First(1, 4, 5, 7, 8),
-    First(1, 8, 5, 7, 72, repeat=3), First(2, 5, 3, 11, 136, hint_batch=2), First(1, 1, 1, 1, 8), First(2, 3, 1, 33, 64),
-    First(1, 4, 40, 1, 64, hint_batch=1),
+    First(1, 8, 5, 7, 72, repeat=3), First(2, 5, 3, 11, 136, hint_batch=2), First(1, 1, 1, 1, 8),
+    First(2, 3, 1, 33, 64), First(1, 4, 40, 1, 64, hint_batch=1),
 ]  # fmt: skip
 LASTS = [
     Last(1, 320, 32, 48), Last(1, 320, 16, 24, cond=True), Last(2, 320, 5, 7), Last(2, 320, 5, 7, cond=True),
@@ -176,9 +176,10 @@ def test_where_the_last_ones_weights_lie() -> None:
 @pytest.mark.parametrize(
     "what",
     [
-        First(0, 4, 8, 8, 64), First(1, 9, 8, 8, 64), First(1, 0, 8, 8, 64), First(1, 4, 8, 8, 60), First(1, 4, 0, 8, 64),
-        First(3, 4, 8, 8, 64, hint_batch=2), First(3, 4, 8, 8, 64, hint_batch=-1), First(1, 4, 8, 8, 64, repeat=-1),
-        First(1, 4, 1 << 15, 1 << 16, 64), Last(0, 320, 8, 8), Last(1, 12, 8, 8), Last(1, 320, 8, 8, 9),
+        First(0, 4, 8, 8, 64), First(1, 9, 8, 8, 64), First(1, 0, 8, 8, 64), First(1, 4, 8, 8, 60),
+        First(1, 4, 0, 8, 64), First(3, 4, 8, 8, 64, hint_batch=2), First(3, 4, 8, 8, 64, hint_batch=-1),
+        First(1, 4, 8, 8, 64, repeat=-1), First(1, 4, 1 << 15, 1 << 16, 64),
+        Last(0, 320, 8, 8), Last(1, 12, 8, 8), Last(1, 320, 8, 8, 9),
         Last(1, 320, 8, 8, 0), Last(1, 320, 8, 0), Last(1, 8, 1 << 15, 1 << 16),
     ],
     ids=str,

@@ -144,7 +144,7 @@ class Stage:
         ]
 
     def first_latent(self, net: Net) -> trt.ITensor:
-        """The input `x`, repeated to the whole batch where what comes before the first cross-attention is not shared."""
+        """The input `x`, repeated to the whole batch where what precedes the first cross-attention is not shared."""
         x = self.latent("x")
         return x if self.options.shared_prefix else match_batch(net.float32(), x, self.batch)
 
