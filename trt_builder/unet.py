@@ -140,12 +140,12 @@ def run_block(
     net: Net, config: UNetConfig, block: Block, x: trt.ITensor, rows: Iterator[trt.ITensor], kv: Iterator[KV],
     normed: trt.ITensor | None = None,
 ) -> trt.ITensor:  # fmt: skip
-    """One input, middle or output block, drawing rows and K/V in layer order; its first ResBlock takes `normed`."""
+    """One input block but the first, middle or output block, drawing rows and K/V in layer order; its first ResBlock
+    takes `normed`.
+    """
     for layer in block:
         at = net.at(layer.prefix)
-        if layer.kind == "conv":
-            x = conv(at, x)
-        elif layer.kind == "res":
+        if layer.kind == "res":
             x, normed = res_block(at, x, next(rows), normed), None
         elif layer.kind == "transformer":
             x = spatial_transformer(at, x, kv, config.num_heads, config.transformer_depth)
