@@ -52,8 +52,8 @@ LIKELY = 4.0  # times the best prediction: a cut that may be the best after all
 
 def convolutions(config: ModelConfig, shape: Shape, options: Options = Options()) -> Counter[Conv]:  # noqa: B008
     """How often each convolution of blocks and each 1×1 one of ControlNet's outputs occurs in a step, by qkv,
-    layer_norm and cross_attention of the options; by conv, whether two that are added, or a product and its gate, are
-    one launch of ours.
+    layer_norm and cross_attention of the options; by residual, whether the first output is of the whole batch; by conv,
+    whether two that are added, or a product and its gate, are one launch of ours.
     """
     unet, control, words = config.unet, config.control, config.clip.max_length
     found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, words, outputs=True))
@@ -90,7 +90,8 @@ def of_blocks(
             doubled = Conv(rows, c, h, w, d, up=True)
             yield doubled if is_ours(doubled, options) else Conv(rows, c, *made[1:], d)
         if outputs and layer.prefix in ends:
-            yield Conv(made[0], d, *made[1:], d, 1)
+            repeated = layer.kind == "conv" and options.residual == "own"  # by the plugin that makes it
+            yield Conv(shape.batch if repeated else made[0], d, *made[1:], d, 1)
 
 
 def of_transformer(plain: Conv, options: Options, batch: int, config: UNetConfig, words: int) -> Iterator[Conv]:
@@ -295,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
         switches = Options(
-            attention="own", qkv=options.qkv, conv="own", layer_norm=options.layer_norm,
+            attention="own", qkv=options.qkv, residual="own", conv="own", layer_norm=options.layer_norm,
             cross_attention=options.cross_attention or options.layer_norm,
         )  # fmt: skip
         counts = served(convolutions(ModelConfig.load(options.model), shape, switches), library, options.rows)

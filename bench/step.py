@@ -30,15 +30,19 @@ from bench.group_norm import add_shape, graph_us
 from plugins.call import Attention, GroupNorm, open_library
 from plugins.conv_calls import Conv
 from plugins.cross_calls import Cross
+from plugins.end_calls import First, Last
+from plugins.load import PluginError
 from plugins.token_calls import Join, JoinNorm
 from runtime.engine import check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from runtime.memory import Resources, aligned
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
 
-Kernel = Conv | GroupNorm | JoinNorm | Attention
+Kernel = Conv | GroupNorm | JoinNorm | Attention | First | Last
 
-OURS = Options(attention="own", qkv="joined", conv="own", layer_norm="folded", cross_attention="folded")
+OURS = Options(
+    attention="own", qkv="joined", residual="own", conv="own", layer_norm="folded", cross_attention="folded"
+)  # fmt: skip
 STAGES = ("control", "unet_encoder", "unet_decoder")
 MAP, BLOCK = 96 << 20, 32 << 20  # bytes: more than any map of a step; of random numbers at a time
 DEVIATION = 0.02  # of weights and maps: sums of thousands of products stay small
@@ -51,11 +55,15 @@ def kernels(config: ModelConfig, shape: Shape) -> dict[str, list[Kernel]]:
     """Our kernels of each stage, in order."""
     unet, control, words = config.unet, config.control, config.clip.max_length
     deepest, skips = max(unet.scales), list(reversed(unet.channels))
-    last = GroupNorm(shape.batch, unet.output_blocks[-1][-1].out_channels, shape.h, shape.w)
+    channels, size = unet.output_blocks[-1][-1].out_channels, (shape.h, shape.w)
+    ends: list[Kernel] = [GroupNorm(shape.batch, channels, *size)]
+    ends.append(Last(shape.samples, channels, *size, unet.out_channels))
+    first = First(shape.samples, unet.in_channels, *size, unet.model_channels, repeat=shape.batch // shape.samples)
+    of_control = of_blocks(control, control.encoder_blocks, shape, 1, shape.samples, words, outputs=True)
     return {
-        "control": list(of_blocks(control, control.encoder_blocks, shape, 1, shape.samples, words, outputs=True)),
-        "unet_encoder": list(of_blocks(unet, unet.encoder_blocks, shape, 1, shape.samples, words)),
-        "unet_decoder": [*of_blocks(unet, unet.output_blocks, shape, deepest, shape.batch, words, skips), last],
+        "control": [replace(first, hint_batch=1), *of_control],
+        "unet_encoder": [first, *of_blocks(unet, unet.encoder_blocks, shape, 1, shape.samples, words)],
+        "unet_decoder": [*of_blocks(unet, unet.output_blocks, shape, deepest, shape.batch, words, skips), *ends],
     }
 
 
@@ -166,6 +174,15 @@ def launch(library: Any, one: Kernel, memory: Memory, maps: tuple[int, int, int]
         wants = {"residual": one.residual_batch, "second": one.second}
         places |= {name: other for name, wanted in wants.items() if wanted}
         places |= {"weight_sums": memory.floats} if one.norm else {}
+    elif isinstance(one, First):
+        function, call = library.canny_first, one.call()
+        places = {name: memory.floats for name in ("x", "weight", "bias")} | {"y": y, "repeated": other + MAP // 4}
+        places |= {"hint": other} if one.hint_batch else {}
+    elif isinstance(one, Last):
+        function, call = library.canny_last, one.call()
+        read = ("bias", "x", "guidance", "e1", "e2", "noise", "coefficients")
+        places = {name: memory.floats for name in read} | {"h": x, "weight": other}
+        places |= {"e": y, "difference": y + MAP // 4, "x_next": y + MAP // 2}
     elif isinstance(one, Attention):
         function, call = library.canny_attention, one.call()
         places = {"q": x, "y": y, "k": other, "v": other + MAP // 2}
@@ -227,6 +244,9 @@ def measure(
     """`rounds` rows for each library, in turn. Raises PluginError, or EngineError where CUDA fails."""
     check(cuda_runtime().cudaFree(0))  # so that there is a context before a library asks for the GPU
     made, opened = kernels(config, shape), {path: open_library(path) for path in libraries}
+    for path, library in opened.items():
+        if not hasattr(library, "canny_first"):
+            raise PluginError(f"{path} has no kernels for the ends of a step: build it of newer sources.")
     size = sum(aligned(one.weights) for some in made.values() for one in some if isinstance(one, Conv))
     with Resources() as own:
         memory = Memory(own, size)

@@ -22,9 +22,10 @@ SOURCES = ("CMakeLists.txt", "*.cuh", "*/*.cu", "*/*.cuh", "*/*.h", "*/*.cpp")
 GROUP_NORM, ATTENTION = "CannyGroupNorm", "CannyAttention"  # in TensorRT's registry
 LAYER_NORM, GEGLU = "CannyLayerNorm", "CannyGeglu"
 ADD, JOIN, JOIN_NORM = "CannyAdd", "CannyJoin", "CannyJoinNorm"
-CONV, CROSS, UPDATE = "CannyConv", "CannyCross", "CannyUpdate"
+CONV, CROSS = "CannyConv", "CannyCross"
+FIRST, LAST = "CannyFirst", "CannyLast"
 TRANSFORMER = (ATTENTION, LAYER_NORM, GEGLU)  # what a transformer over a map is made of
-RESIDUALS = (ADD, JOIN, JOIN_NORM, UPDATE)  # what adds a ResBlock's input, ControlNet's residuals, and ends a step
+RESIDUALS = (ADD, JOIN, JOIN_NORM, FIRST, LAST)  # a ResBlock's sum, ControlNet's residuals, the ends of a step
 VERSION = "1"
 FIELDS_VERSION = 1  # of the plugins' fields, which the library checks
 CONV_MULTIPLE, CONV_ROWS = 64, 8000  # of the channels and filters, and most positions, that conv/kernel.cuh takes
@@ -32,6 +33,7 @@ CONV_PLACES = 720  # positions of x that it has room for
 CONV_CAPABILITY = "9.0"  # the one that it has kernels for
 CROSS_WORDS, CROSS_HEADS = 80, 4  # most words of a text, each head's columns; heads must be a multiple of the latter
 TEXT_MULTIPLE = 256  # of a text's columns, so that tiles of all widths can make them
+LATENT_CHANNELS = 8  # of x, most that ends/ has kernels for
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of the heads that attention/kernel.cuh has kernels for
 CAUSAL_WIDTHS = (64,)  # and under a causal mask
 
@@ -202,6 +204,30 @@ def up_phases(weight: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     exact = halves(halves(weight.astype(np.float32), -2), -1).swapaxes(0, 1)
     with np.errstate(over="ignore"):
         return exact.reshape(-1, *exact.shape[3:]).astype(dtype)
+
+
+def has_end_kernels(latent: int, channels: int) -> bool:
+    """Whether ends/ does convolutions between a latent and a map of so many channels."""
+    return latent <= LATENT_CHANNELS and not channels % 8
+
+
+def first_blocks(weight: np.ndarray) -> np.ndarray:
+    """A weight (D, C, 3, 3) as `CannyFirst` reads it: (D / 64, 18 or 36, 128), with zeros beyond D, and beyond C up to
+    4 or 8 channels.
+
+    For each 64 filters and two of the numbers that a filter has, a channel's nine in a row, they lie side by side: of
+    every two filters the first number, then the second one.
+    """
+    filters, channels = weight.shape[:2]
+    padded = np.zeros((-(-filters // 64) * 64, 4 if channels <= 4 else 8, 9), weight.dtype)
+    padded[:filters, :channels] = weight.reshape(filters, channels, 9)
+    pairs = padded.reshape(len(padded) // 64, 32, 2, -1, 2)  # filters by two, their numbers by two
+    return np.ascontiguousarray(pairs.transpose(0, 3, 1, 4, 2)).reshape(len(pairs), -1, 128)
+
+
+def last_rows(weight: np.ndarray) -> np.ndarray:
+    """A weight (D, C, 3, 3) as `CannyLast` reads it: (9, D, C)."""
+    return np.ascontiguousarray(weight.transpose(2, 3, 0, 1)).reshape(9, *weight.shape[:2])
 
 
 def by_eights(array: np.ndarray) -> np.ndarray:

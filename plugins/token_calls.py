@@ -1,4 +1,4 @@
-"""What lies between convolutions and products, and the end of a step, called as in `plugins.call`."""
+"""What lies between convolutions and products, called as in `plugins.call`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -57,16 +57,6 @@ class CannyJoinNorm(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "positions", "first", "second", "groups", "silu")),
         ("epsilon", ctypes.c_float),
         ("max_cluster", ctypes.c_int32),
-    ]
-
-
-class CannyUpdate(ctypes.Structure):
-    """The structure of the same name in tokens/call.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "both", "guidance", "e1", "e2", "noise", "coefficients")),
-        *((name, ctypes.c_void_p) for name in ("kept", "e", "difference", "x_next")),
-        *((name, ctypes.c_int32) for name in ("samples", "channels", "positions", "half", "pitch")),
     ]
 
 
@@ -243,78 +233,6 @@ def join_norm_on_gpu(library: Any, what: JoinNorm, arrays: Mapping[str, np.ndarr
     check(cuda_runtime().cudaFree(0))
     call = what.call(library.canny_max_cluster())
     return OnGpu(library.canny_join_norm, call, what.memory(library, arrays, call), lambda y: y)
-
-
-@dataclass(frozen=True)
-class Update:
-    """The end of a step of x (samples, channels, positions), of what the UNet made of twice as many rows.
-
-    layout: of that: "half" or "float" in this order, or "by eights": half, channels-last.
-    cond: it made the prompt's half alone; the difference is kept.
-    """
-
-    samples: int
-    channels: int
-    positions: int
-    layout: Literal["half", "float", "by eights"] = "half"
-    cond: bool = False
-
-    @property
-    def rows(self) -> int:
-        """What the UNet made."""
-        return self.samples * (1 if self.cond else 2)
-
-    @property
-    def results(self) -> tuple[str, ...]:
-        """The names of what is made."""
-        return ("e", "x_next") if self.cond else ("e", "difference", "x_next")
-
-    def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random inputs of standard deviation 1."""
-        rng = np.random.default_rng(seed)
-        shape = self.samples, self.channels, self.positions
-        names = ("x", "e1", "e2", "noise", *(("kept",) if self.cond else ()))
-        made = {name: rng.standard_normal(shape, np.float32) for name in names}
-        both = rng.standard_normal((self.rows, *shape[1:]), np.float32)
-        numbers = {"guidance": np.full(1, 7.3, np.float32), "coefficients": rng.standard_normal(4, np.float32)}
-        return made | {"both": both.astype(np.float32 if self.layout == "float" else np.float16)} | numbers
-
-    def expected(self, arrays: Mapping[str, np.ndarray], dtype: Any = np.float64) -> dict[str, np.ndarray]:
-        """e, difference and x_next, computed in a type."""
-        of = {name: array.astype(dtype) for name, array in arrays.items()}
-        if self.cond:
-            difference = of["kept"]
-            e = of["both"] + (of["guidance"] - dtype(1)) * difference
-        else:
-            cond, uncond = np.split(of["both"], 2)
-            difference = cond - uncond
-            e = uncond + of["guidance"] * difference
-        a, b0, b1, b2 = of["coefficients"]
-        x_next = a * of["x"] + b0 * e + b1 * of["e1"] + b2 * of["e2"] + of["noise"]
-        return {"e": e, "difference": difference, "x_next": x_next}
-
-    def memory(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What lies in memory; channels that there are not are no numbers."""
-        memory = {**arrays, **{name: np.full_like(arrays["x"], np.nan) for name in self.results}}
-        if self.layout == "by eights":
-            shape = self.rows, self.positions, self.call().pitch
-            memory["both"] = np.full(shape, np.nan, np.float16)
-            memory["both"][..., : self.channels] = arrays["both"].transpose(0, 2, 1)
-        return memory
-
-    def call(self) -> CannyUpdate:
-        """The call, without addresses."""
-        pitch = -(-self.channels // 8) * 8 if self.layout == "by eights" else 0
-        return CannyUpdate(
-            samples=self.samples, channels=self.channels, positions=self.positions, half=self.layout != "float",
-            pitch=pitch,
-        )  # fmt: skip
-
-
-def update_on_gpu(library: Any, what: Update, arrays: Mapping[str, np.ndarray]) -> OnGpu:
-    """The end of a step on the GPU."""
-    check(cuda_runtime().cudaFree(0))
-    return OnGpu(library.canny_update, what.call(), what.memory(arrays), lambda y: y)
 
 
 def tokens_on_gpu(library: Any, what: LayerNorm | Geglu | Sum | Join, arrays: Mapping[str, np.ndarray]) -> OnGpu:

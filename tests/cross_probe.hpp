@@ -38,14 +38,15 @@ struct Arithmetic : IExprBuilder {
     explicit Arithmetic(Sizes& sizes) { mImpl = &sizes; }
 };
 
-inline DimsExprs shape_of(Plugin& plugin, DimsExprs const* in, int32_t inputs, Sizes& sizes) {
+// Of output i of at most three.
+inline DimsExprs shape_of(Plugin& plugin, DimsExprs const* in, int32_t inputs, Sizes& sizes, int32_t i = 0) {
     Arithmetic arithmetic(sizes);
 #if NV_TENSORRT_MAJOR == 8
-    return plugin.getOutputDimensions(0, in, inputs, arithmetic);
+    return plugin.getOutputDimensions(i, in, inputs, arithmetic);
 #else
-    DimsExprs made{};
-    MUST(build_side(plugin).getOutputShapes(in, inputs, nullptr, 0, &made, 1, arithmetic) == 0);
-    return made;
+    DimsExprs made[3]{};
+    MUST(build_side(plugin).getOutputShapes(in, inputs, nullptr, 0, made, 3, arithmetic) == 0);
+    return made[i];
 #endif
 }
 

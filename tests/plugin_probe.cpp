@@ -61,10 +61,10 @@ Plugin& build_side(Plugin& plugin) { return plugin; }
 size_t workspace(Plugin& plugin, Desc* in, int32_t inputs = 4) {
     return plugin.getWorkspaceSize(in, inputs, in + inputs, 1);
 }
-// How many there are, all of this type where the first input is.
-int32_t outputs(Plugin& plugin, DataType type) {
+// How many there are, all of the type `made` where the first input has this type.
+int32_t outputs(Plugin& plugin, DataType type, DataType made) {
     int32_t count = plugin.getNbOutputs();
-    for (int32_t i = 0; i < count; i++) MUST(plugin.getOutputDataType(i, &type, 1) == type);
+    for (int32_t i = 0; i < count; i++) MUST(plugin.getOutputDataType(i, &type, 1) == made);
     return count;
 }
 void end(Plugin* plugin) { plugin->destroy(); }
@@ -108,12 +108,12 @@ IPluginV3OneBuild& build_side(Plugin& plugin) {
 size_t workspace(Plugin& plugin, Desc* in, int32_t inputs = 4) {
     return build_side(plugin).getWorkspaceSize(in, inputs, in + inputs, 1);
 }
-// How many there are, all of this type where the first input is.
-int32_t outputs(Plugin& plugin, DataType type) {
+// How many there are, all of the type `made` where the first input has this type.
+int32_t outputs(Plugin& plugin, DataType type, DataType made) {
     int32_t count = build_side(plugin).getNbOutputs();
     std::vector<DataType> types(count);
     MUST(build_side(plugin).getOutputDataTypes(types.data(), count, &type, 1) == 0);
-    for (DataType one : types) MUST(one == type);
+    for (DataType one : types) MUST(one == made);
     return count;
 }
 void end(Plugin* plugin) { delete plugin; }
@@ -146,6 +146,8 @@ void configure(Plugin& plugin, std::vector<Desc>& in, bool good, int32_t inputs 
 
 #endif
 
+int32_t outputs(Plugin& plugin, DataType type) { return outputs(plugin, type, type); }
+
 Dims dims(std::initializer_list<int> sizes) {
     Dims made{};
     for (int size : sizes) made.d[made.nbDims++] = size;
@@ -153,6 +155,7 @@ Dims dims(std::initializer_list<int> sizes) {
 }
 
 #include "cross_probe.hpp"
+#include "ends_probe.hpp"
 
 int main(int, char** arguments) {
     void* library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
@@ -170,7 +173,7 @@ int main(int, char** arguments) {
     MUST(entry);
     int32_t count = 0;
     auto& creator = *static_cast<Creator*>(entry(count)[0]);
-    MUST(count == 10 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
+    MUST(count == 11 && !std::strcmp(creator.getPluginName(), "CannyGroupNorm"));
     MUST(!std::strcmp(creator.getPluginVersion(), "1") && creator.getFieldNames()->nbFields == 5);
 
     Given given;
@@ -590,53 +593,6 @@ int main(int, char** arguments) {
     int32_t none = 0;
     fields.fields[3] = {"groups", &none, PluginFieldType::kINT32, 1};
     MUST(!create(join_norm, fields));
-    int32_t cond = 0;
-    fields.fields = {given.fields[0], {"cond", &cond, PluginFieldType::kINT32, 1}};
-    auto& end_of_step = *static_cast<Creator*>(entry(count)[8]);
-    MUST(!std::strcmp(end_of_step.getPluginName(), "CannyUpdate"));
-    Plugin* update = create(end_of_step, fields);
-    MUST(update && outputs(*update, single) == 3);
-    tensors.resize(10);
-    auto latents = [&](DataType type, TensorFormat format) {
-        for (int i : {0, 3, 4, 5, 7, 8, 9}) describe(i, dims({1, 4, 32, 48}), single, linear);
-        describe(1, dims({2, 4, 32, 48}), type, format);
-        describe(2, dims({1}), single, linear);
-        describe(6, dims({4}), single, linear);
-        for (int32_t i = 0; i < 10; i++)
-            if (!build_side(*update).supportsFormatCombination(i, tensors.data(), 7, 3)) return false;
-        return true;
-    };
-    MUST(latents(half, last8) && latents(half, linear) && latents(single, linear));
-    MUST(!latents(single, last) && !latents(half, last) && !latents(DataType::kINT8, linear));
-    MUST(latents(half, last8));
-    MUST(!build_side(*update).supportsFormatCombination(1, tensors.data(), 7, 2));
-    configure(*update, tensors, true, 7);
-    for (auto wrong : {dims({1, 4, 32, 48}), dims({2, 4, 32, 24}), dims({2, 4, 32})}) {
-        latents(half, last8);
-        describe(1, wrong, half, last8);
-        configure(*update, tensors, false, 7);
-    }
-    for (int i : {2, 5, 6}) {
-        latents(half, last8);
-        describe(i, dims({2}), single, linear);
-        configure(*update, tensors, false, 7);
-    }
-    describe(7, dims({1, 4, 32, 48}), half, linear);
-    MUST(!build_side(*update).supportsFormatCombination(7, tensors.data(), 7, 3));
-    end(update);
-    cond = 1;
-    update = create(end_of_step, fields);
-    MUST(update && outputs(*update, single) == 2);
-    latents(half, last8);
-    describe(1, dims({1, 4, 32, 48}), half, last8);
-    for (int32_t i = 0; i < 10; i++)
-        MUST(build_side(*update).supportsFormatCombination(i, tensors.data(), 8, 2));
-    configure(*update, tensors, true, 8);
-    describe(7, dims({2, 4, 32, 48}), single, linear);
-    configure(*update, tensors, false, 8);
-    end(update);
-    cond = 2;
-    MUST(!create(end_of_step, fields));
     fields.fields = of_join;
     MUST(!create(join_norm, fields));
     tensors = kept;
@@ -646,6 +602,8 @@ int main(int, char** arguments) {
     MUST(!create(join, fields));
     end(norm);
     end(gate);
+    probe_last(*static_cast<Creator*>(entry(count)[8]));
     probe_cross(*static_cast<Creator*>(entry(count)[9]));
+    probe_first(*static_cast<Creator*>(entry(count)[10]));
     std::printf("all as it must be\n");
 }

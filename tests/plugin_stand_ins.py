@@ -15,12 +15,13 @@ from plugins.load import (
     CONV,
     CROSS,
     CROSS_WORDS,
+    FIRST,
     GEGLU,
     GROUP_NORM,
     JOIN,
     JOIN_NORM,
+    LAST,
     LAYER_NORM,
-    UPDATE,
 )
 from trt_builder import plugin_layers, text
 from trt_builder.config import ModelConfig, Options, Shape
@@ -196,9 +197,32 @@ def join_norm(network: Any, *inputs: Any, index: int, x_index: int, **fields: An
     return Several(joined, out(group_norm(network, joined, scale, bias, row=0, **fields)))
 
 
-def update(network: Any, x: Any, both: Any, guidance: Any, e1: Any, e2: Any, noise: Any, coefficients: Any,
-           *kept: Any, cond: int) -> Any:  # fmt: skip
+def first(network: Any, x: Any, weight: Any, bias: Any, *of_hint: Any, hint: int, repeat: int) -> Any:
+    assert len(of_hint) == hint and repeat != 1
+    filters, channels = bias.shape[0], x.shape[1]
+    by_two = numbers(network, weight)  # for each 64 filters, two numbers and 32 lanes: two numbers of two filters
+    rows = by_two.reshape(len(by_two), -1, 32, 2, 2).transpose(0, 2, 4, 1, 3).reshape(64 * len(by_two), -1, 3, 3)
+    assert not rows[filters:].any() and not rows[:, channels:].any()
+    HELD.append((np.ascontiguousarray(rows[:filters, :channels]), numbers(network, bias)))
+    layer = network.add_convolution_nd(x, filters, (3, 3), *HELD[-1])
+    layer.padding_nd = (1, 1)
+    for one in of_hint:
+        layer = network.add_elementwise(out(layer), one, ELEMENT.SUM)
+    if not repeat:
+        return layer
+    repeated = network.add_concatenation([out(layer)] * repeat)
+    repeated.axis = 0
+    return Several(out(layer), out(repeated))
+
+
+def last(network: Any, x: Any, h: Any, weight: Any, bias: Any, guidance: Any, e1: Any, e2: Any, noise: Any,
+         coefficients: Any, *kept: Any, cond: int) -> Any:  # fmt: skip
     assert len(kept) == cond
+    rows = numbers(network, weight)
+    HELD.append((np.ascontiguousarray(rows.transpose(1, 2, 0)).reshape(*rows.shape[1:], 3, 3), numbers(network, bias)))
+    layer = network.add_convolution_nd(h, len(HELD[-1][0]), (3, 3), *HELD[-1])
+    layer.padding_nd = (1, 1)
+    both = out(layer)
 
     def one(what: str, a: Any, b: Any) -> Any:
         return out(network.add_elementwise(a, b, getattr(ELEMENT, what)))
@@ -355,5 +379,5 @@ def cross(network: Any, x: Any, text: Any, *rest: Any, values: int, heads: int, 
 
 MAKE: dict[str, Any] = {
     ADD: add, JOIN: join, JOIN_NORM: join_norm, CONV: conv, GROUP_NORM: group_norm, LAYER_NORM: layer_norm,
-    GEGLU: geglu, ATTENTION: attention, UPDATE: update, CROSS: cross,
+    GEGLU: geglu, ATTENTION: attention, CROSS: cross, FIRST: first, LAST: last,
 }  # fmt: skip

@@ -117,7 +117,7 @@ def row(name, begin, end):
     return {"name": name, "begin": float(begin), "end": float(end)}
 
 
-CONV, OTHER, LAST = "_ZN5canny4convILi2ELi128ELb1EEEvNS_8ConvWorkE", "beside", "_ZN5canny6updateENS_11CannyUpdateE"
+CONV, OTHER, LAST = "_ZN5canny4convILi2ELi128ELb1EEEvNS_8ConvWorkE", "beside", "_ZN5canny4lastE9CannyLast"
 
 
 def three_steps():
@@ -133,7 +133,7 @@ def test_exposed_times_of_the_middle_step_add_up_to_it():
     ]  # fmt: skip
     assert bench.by_kind(step) == [
         {"kind": "conv<2,128,1>", "count": 2, "duration": 42, "exposed": 25},
-        {"kind": "update", "count": 1, "duration": 16, "exposed": 15},
+        {"kind": "last", "count": 1, "duration": 16, "exposed": 15},
         {"kind": "beside", "count": 1, "duration": 17, "exposed": 10},
     ]
 
@@ -150,7 +150,7 @@ def test_steps_that_are_not_equal_are_refused():
     "name, kind",
     [
         (CONV, "conv<2,128,1>"),
-        (LAST, "update"),
+        (LAST, "last"),
         ("_ZN5canny10one_launchI6__halfLi4ELi2ENS_6ParamsEEEvT2_", "one_launch<4,2>"),
         ("_ZN5canny12_GLOBAL__N_14normILi3EEEvNS_1WE", "norm<3>"),
         ("_ZN15genericReformat16copyPackedKernelIdLb0EEEvT_", "genericReformat::copyPackedKernel"),

@@ -42,7 +42,50 @@ def test_with_our_plugins(monkeypatch: pytest.MonkeyPatch, stage: str, conv: Any
     assert added.count("CannyGroupNorm") > blocks and (added.count("CannyConv") > 3) == (conv != "builtin")
     assert conv != "builtin" or ("CannyAdd" in added) == ("decoder" not in stage)
     assert ("CannyJoinNorm" in added) == ("decoder" in stage) and "CannyJoin" not in added
-    assert added.count("CannyUpdate") == ("decoder" in stage)
+    assert (added.count("CannyFirst"), added.count("CannyLast")) == ((0, 1) if "decoder" in stage else (1, 0))
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("shape", [SMALL, Shape(64, 128, samples=3)], ids=["1", "3"])
+@pytest.mark.parametrize("stage", ["control", "unet_encoder", "control_cond", "unet_encoder_cond"])
+def test_the_first_convolution(
+    monkeypatch: pytest.MonkeyPatch, stage: str, shape: Shape, shared_prefix: bool
+) -> None:  # fmt: skip
+    """Of x as it comes; it adds the hint and repeats what all rows of the batch want: nothing else is left to do."""
+    given: list[tuple[Any, ...]] = []
+
+    def first(network: Any, x: Any, *inputs: Any, hint: int, repeat: int) -> Any:
+        given.append((x.name, x.shape[0], [one.name for one in inputs[2:]], hint, repeat))
+        return plugin_stand_ins.first(network, x, *inputs, hint=hint, repeat=repeat)
+
+    plugin_stand_ins.use(monkeypatch)
+    monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyFirst", first)
+    options = Options("fp32", residual="own", shared_prefix=shared_prefix)
+    check(stage, "tiny", shape, options)
+    of_control, whole = "control" in stage, "cond" not in stage
+    repeat = 2 if whole and shared_prefix else 0
+    ((name, rows, hints, hint, repeated),) = given
+    assert (hints, hint, repeated) == (["hint"] * of_control, int(of_control), repeat)
+    assert rows == (shape.batch if whole and not shared_prefix else shape.samples)
+    names = [layer.name for layer in Defined(stage, "tiny", shape, options, arrays("tiny")).layers]
+    matched = [one for one in names if one.startswith(f"{stage}:")]
+    assert (name == "x") == (not matched) == (rows == shape.samples) and not any("add_hint" in one for one in names)
+
+
+def test_a_batch_is_repeated_where_the_plugin_does_not_serve() -> None:
+    """By TensorRT's own layers: where the first convolution is its own, too."""
+    for stage in ("control", "unet_encoder"):
+        layers = Defined(stage, "tiny", SMALL, Options("fp32"), arrays("tiny")).layers
+        assert sum(layer.name == f"{stage}:match_batch" for layer in layers) == 1
+
+
+def test_which_ends_are_our_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a latent of up to 8 channels and maps by eights, in half precision, with --residual own."""
+    monkeypatch.setattr(Flavour, "_need", lambda self, plugin, option: None)
+    serves, own = get_flavour("tensorrt_rtx").has_end_plugins, Options(residual="own")
+    assert serves((320, 4, 3, 3), own) and serves((4, 320, 3, 3), own) and serves((72, 8, 3, 3), own)
+    assert not serves((320, 9, 3, 3), own) and not serves((324, 4, 3, 3), own) and not serves((4, 324, 3, 3), own)
+    assert not serves((320, 4, 3, 3), Options()) and not serves((320, 4, 3, 3), Options("fp32", residual="own"))
 
 
 def test_joins_without_our_group_norm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +343,7 @@ def test_the_builder_gives_convolutions_to_the_plugin(
 
     plugin_stand_ins.use(monkeypatch)
     monkeypatch.setitem(plugin_stand_ins.MAKE, "CannyConv", add)
-    options = Options("fp32", "own", qkv, conv="own", layer_norm=layer_norm)
+    options = Options("fp32", "own", qkv, residual="own", conv="own", layer_norm=layer_norm)
     plugin_stand_ins.define_step(config, shape, options)
     fits = {}
     for one, count in convolutions(config, shape, options).items():

@@ -14,6 +14,7 @@ from bench.step import MAP, OURS, STAGES, Kernel, Memory, kernels, launches, mai
 from plugins.call import Attention, GroupNorm
 from plugins.conv_calls import Conv
 from plugins.cross_calls import Cross, scores, values
+from plugins.end_calls import First, Last
 from plugins.token_calls import JoinNorm
 from runtime.memory import aligned
 from trt_builder.config import ModelConfig, Shape
@@ -47,7 +48,9 @@ def test_every_group_norm_is_there(stages: dict[str, list[Kernel]]) -> None:
 
 def test_kernels_follow_each_other_as_in_the_networks(stages: dict[str, list[Kernel]]) -> None:
     """The first ResBlock and transformer of the UNet: each reads as many channels as the one before it made."""
-    res, transformer = stages["unet_encoder"][:4], stages["unet_encoder"][4:14]
+    first, *rest = stages["unet_encoder"]
+    res, transformer = rest[:4], rest[4:14]
+    assert first == First(1, 4, 32, 48, 320, repeat=2)
     names = [type(one).__name__ for one in (*res, *transformer)]
     assert names[:4] == ["GroupNorm", "Conv", "GroupNorm", "Conv"]
     of_transformer = ["GroupNorm", "Conv", "Conv", "Attention", "Conv", "Cross", "Cross", "Conv", "Conv", "GroupNorm"]
@@ -55,6 +58,15 @@ def test_kernels_follow_each_other_as_in_the_networks(stages: dict[str, list[Ker
     qkv, over_itself = transformer[2:4]
     assert isinstance(qkv, Conv) and isinstance(over_itself, Attention)
     assert qkv.filters == 3 * over_itself.channels and over_itself.joined
+
+
+def test_the_ends_of_a_step(stages: dict[str, list[Kernel]]) -> None:
+    """ControlNet's first output reads both halves of the batch; the last one is of the UNet's own first width."""
+    first, output = stages["control"][:2]
+    assert first == First(1, 4, 32, 48, 320, hint_batch=1, repeat=2)
+    assert isinstance(output, Conv) and (output.batch, output.size, output.filters) == (2, 1, 320)
+    assert stages["unet_decoder"][-1] == Last(1, 320, 32, 48)
+    assert sum(isinstance(one, First | Last) for some in stages.values() for one in some) == 3
 
 
 def test_what_each_is_given(stages: dict[str, list[Kernel]]) -> None:
@@ -66,14 +78,16 @@ def test_what_each_is_given(stages: dict[str, list[Kernel]]) -> None:
         return 1 << 20
 
     memory: Any = SimpleNamespace(maps=[[1 << 30, 2 << 30, 3 << 30]] * 2, floats=1 << 10, weights=weights)
-    functions = dict.fromkeys(("canny_conv", "canny_attention", "canny_join_norm", "canny_group_norm"), lambda *_: 0)
+    functions = dict.fromkeys(
+        (f"canny_{name}" for name in ("conv", "attention", "join_norm", "group_norm", "first", "last")), lambda *_: 0
+    )
     library: Any = SimpleNamespace(**functions, canny_max_cluster=lambda: 8)
     for i, stage in enumerate(STAGES):
         made = launches(library, stages[stage], memory, i % 2, beside=i < 2)
         assert len(made) == len(stages[stage])
         for n, (one, launch) in enumerate(zip(stages[stage], made, strict=True)):
             call: Any = launch.call
-            assert call.y == (2 << 30 if n % 2 == 0 else 1 << 30)
+            assert getattr(call, "e" if isinstance(one, Last) else "y") == (2 << 30 if n % 2 == 0 else 1 << 30)
             pointers = {name for name, kind in call._fields_ if kind is ctypes.c_void_p}
             missing = {name for name in pointers if not getattr(call, name)}
             if isinstance(one, Conv):
@@ -82,6 +96,10 @@ def test_what_each_is_given(stages: dict[str, list[Kernel]]) -> None:
                 assert call.beside == (i < 2) and 2 * one.rows * max(one.channels, one.filters) < MAP
             elif isinstance(one, JoinNorm):
                 assert missing == {"x_residual", "x_scales"} and one.norm.moved // 2 < MAP // 4
+            elif isinstance(one, First):
+                assert missing == (set() if one.hint_batch else {"hint"})
+            elif isinstance(one, Last):
+                assert missing == {"kept"}
             elif isinstance(one, GroupNorm):
                 assert missing == (set() if one.row_batch else {"row"})
             else:

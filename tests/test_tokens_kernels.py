@@ -1,4 +1,4 @@
-"""LayerNorm, GEGLU, sums, skips, the end of a step on a CPU: kernels as they are written, emulated, against float64."""
+"""LayerNorm, GEGLU, sums and skips on a CPU: kernels as they are written, emulated, against float64."""
 
 import ctypes
 import json
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated import PLUGINS, all_between_guards, between_guards, compile_emulator, compile_mistaken
+from emulated import PLUGINS, between_guards, compile_emulator, compile_mistaken
 
 from bench import attention as bench
 from bench.attention import attentions, between, residuals
 from plugins.call import error
-from plugins.token_calls import Geglu, Join, LayerNorm, Sum, Update
+from plugins.token_calls import Geglu, Join, LayerNorm, Sum
 from runtime.engine import Gpu
 from trt_builder.config import ModelConfig, Options, Shape
 
@@ -132,73 +132,6 @@ def test_mistakes_in_gelu_show(tmp_path: Path, find: str, put: str) -> None:
 def test_shapes_that_have_no_kernel(emulator: Any, what: LayerNorm | Geglu | Sum | Join) -> None:
     call = replace(what).call()
     assert getattr(emulator, what.function)(ctypes.byref(call), 0) == 1
-
-
-UPDATES = [
-    Update(samples, channels, positions, layout, cond)
-    for samples, channels, positions, cond in (
-        (1, 4, 1536, False), (3, 4, 35, False), (2, 12, 7, False), (1, 1, 1, False), (1, 4, 1536, True),
-        (2, 12, 7, True),
-    )
-    for layout in ("half", "float", "by eights")
-]  # fmt: skip
-
-
-def emulate_update(library: Any, what: Update, order: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """e, difference and x_next, and the arrays that they were made of."""
-    arrays, call = what.arrays(), what.call()
-    made = all_between_guards(
-        call, what.memory(arrays), lambda: library.canny_update(ctypes.byref(call), order), what.results
-    )
-    return {name: made[name].view(np.float32).reshape(arrays["x"].shape) for name in what.results}, arrays
-
-
-@pytest.mark.parametrize("what", UPDATES, ids=str)
-def test_the_end_of_a_step(emulator: Any, what: Update) -> None:
-    """Within float's rounding of float64, and in this order of sums."""
-    made, arrays = emulate_update(emulator, what)
-    exact, single = what.expected(arrays), what.expected(arrays, np.float32)
-    for name in what.results:
-        assert error(made[name], exact[name]) < 1e-6
-        np.testing.assert_array_equal(made[name], single[name], err_msg=name)
-
-
-def test_the_end_of_a_step_may_be_written_over_what_it_reads(emulator: Any) -> None:
-    what = Update(2, 4, 35)
-    arrays, call = what.arrays(), what.call()
-    memory, expected = what.memory(arrays), what.expected(arrays)
-    over = {"e": "e1", "difference": "e2", "x_next": "x"}
-    for name in memory:
-        setattr(call, name, memory[over.get(name, name)].ctypes.data)
-    assert emulator.canny_update(ctypes.byref(call), 1) == 0
-    assert all(error(memory[place], expected[name]) < 1e-6 for name, place in over.items())
-
-
-@pytest.mark.parametrize(
-    ("find", "put"),
-    [
-        ("- sample * p.channels", "- sample * p.channels + 1"), ("number(at + apart)", "number(at + apart - 1)"),
-        ("* p.positions) * p.pitch + row", "* p.positions) * 8 + row"), ("b[2] * e1 + b[3]", "b[3] * e1 + b[2]"),
-        ("guidance * difference;\n", "difference;\n"), ("guidance - 1.f", "guidance"),
-        ("int64_t(p.samples) * p.positions * p.pitch;", "count;"),
-    ],
-)  # fmt: skip
-def test_mistakes_in_the_end_of_a_step_show(tmp_path: Path, find: str, put: str) -> None:
-    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put)
-    off = []
-    for what in (Update(2, 12, 7, "by eights"), Update(2, 12, 7, "by eights", True)):
-        made, arrays = emulate_update(library, what)
-        expected = what.expected(arrays)
-        off += [error(made[name], expected[name]) for name in what.results]
-    assert not np.max(off) < 1e-6
-
-
-def test_ends_of_steps_that_have_no_kernel(emulator: Any) -> None:
-    for call in (Update(0, 4, 8).call(), Update(1, 4, 0).call()):
-        assert emulator.canny_update(ctypes.byref(call), 0) == 1
-    call = Update(1, 4, 8, "float").call()
-    call.pitch = 8
-    assert emulator.canny_update(ctypes.byref(call), 0) == 1
 
 
 def test_a_step_has_three_norms_and_a_gate_a_block() -> None:

@@ -39,10 +39,6 @@ extern "C" int canny_join(const CannyJoin* call, int order) {
     return emulate(*call, order, [](auto&&... given) { return canny::run_join(given...); });
 }
 
-extern "C" int canny_update(const CannyUpdate* call, int order) {
-    return emulate(*call, order, [](auto&&... given) { return canny::run_update(given...); });
-}
-
 // What gates make of so many numbers, before anything is rounded to half precision.
 extern "C" void emulate_gelu(const float* x, float* y, int count) {
     for (int i = 0; i < count; i++) y[i] = canny::gelu(x[i]);

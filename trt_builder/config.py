@@ -346,8 +346,8 @@ class Options:
     shared_prefix: what comes before the first cross-attention once for both halves of the batch.
     boundary: feature maps between stages as convolutions want them, "channels-last", or "linear".
     residual: who adds a ResBlock's input to what its last convolution made, and ControlNet's residuals to the skips:
-        TensorRT ("fused"; 8.6 then takes slower convolutions), or the plugins of plugins/ ("own"), which then also make
-        e and x of the last convolution's result.
+        TensorRT ("fused"; 8.6 then takes slower convolutions), or the plugins of plugins/ ("own"), which then also do
+        the first convolution, with the hint, and the last one, of which they make e and x.
     group_norm: "own" (the plugin of plugins/), "builtin" (TensorRT 8.6's), "native" (TensorRT's own layer), or "auto":
         the built-in plugin where it can be had, else the layer.
     conv: convolutions of small maps by TensorRT ("builtin"), or by the plugin of plugins/ where it was measured to win

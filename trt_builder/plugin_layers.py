@@ -26,6 +26,7 @@ from plugins.load import (
     find,
     has_conv_kernel,
     has_cross_kernel,
+    has_end_kernels,
     load,
 )
 from runtime.engine import gpu
@@ -216,6 +217,14 @@ class PluginLayers:
         for plugin in RESIDUALS:
             self._need(plugin, "residual")
         return True
+
+    def has_end_plugins(self, weight: Sequence[int], options: Options) -> bool:
+        """Whether our plugins do a step's first or last convolution, by a weight (D, C, 3, 3), and what goes with it.
+
+        Raises FlavourError where they are demanded and cannot be had at all.
+        """
+        latent, channels = sorted(weight[:2])
+        return self.has_residual_plugins(options) and has_end_kernels(latent, channels)
 
     def has_conv_plugin(
         self,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import UPDATE, text_columns
+from plugins.load import LAST, last_rows, text_columns
 from runtime.steps import COND, STEP
 from trt_builder.clip import as_tokens, text_transformer
 from trt_builder.config import ModelConfig, Options, Shape
@@ -143,9 +143,10 @@ class Stage:
             for name, (channels, scale) in zip(names, [*sizes, sizes[-1]], strict=True)
         ]
 
-    def prefix_batch(self, net: Net, x: trt.ITensor) -> trt.ITensor:
-        """x, repeated to the whole batch where what comes before the first cross-attention is not shared."""
-        return x if self.options.shared_prefix else match_batch(net, x, self.batch)
+    def first_latent(self, net: Net) -> trt.ITensor:
+        """The input `x`, repeated to the whole batch where what precedes the first cross-attention is not shared."""
+        x = self.latent("x")
+        return x if self.options.shared_prefix else match_batch(net.float32(), x, self.batch)
 
 
 def clip(stage: Stage) -> None:
@@ -206,10 +207,10 @@ def control(stage: Stage) -> None:
     """
     config, shape = stage.config.control, stage.shape
     net = stage.net(config.prefix)
-    x = stage.prefix_batch(net, net.cast(stage.latent("x")))
+    x = stage.first_latent(net)
     hint = stage.input("hint", (1, config.model_channels, shape.h, shape.w), channels_last=True)
     rows, kv = iter(stage.rows()), iter(stage.texts())
-    for i, r in enumerate(residuals(net, config, x, hint, rows, kv)):
+    for i, r in enumerate(residuals(net, config, x, hint, stage.batch, rows, kv)):
         stage.output(f"residual{i}", match_batch(net, r, stage.batch), channels_last=True)
 
 
@@ -217,8 +218,8 @@ def unet_encoder(stage: Stage) -> None:
     """`x` (N, 4, h, w), `row<i>` (1, C_i), `k<i>`, `v<i>` (B, 77, C_i) → `skip<i>` (B, C_i, h_i, w_i), `middle`."""
     config = stage.config.unet
     net = stage.net(config.prefix)
-    x = stage.prefix_batch(net, net.cast(stage.latent("x")))
-    skips, middle = encode(net, config, x, iter(stage.rows()), iter(stage.texts()))
+    x = stage.first_latent(net)
+    skips, middle = encode(net, config, x, stage.batch, iter(stage.rows()), iter(stage.texts()))
     for i, s in enumerate(skips):
         stage.output(f"skip{i}", match_batch(net, s, stage.batch), channels_last=True)
     stage.output("middle", middle, channels_last=True)
@@ -232,12 +233,12 @@ def unet_decoder(stage: Stage) -> None:
     of two evaluations before; and `coefficients` (4,), the a, b0, b1, b2 of the update
     x' = a·x + b0·e + b1·e1 + b2·e2 + noise. `difference` is what guidance multiplies, cond less uncond.
     """
-    both, guidance = output_half(stage)
-    net = stage.net(stage.config.unet.prefix)
-    exact = net.float32()
-    if net.flavour.has_residual_plugins(net.options):
-        return own_update(stage, both, guidance)
-    cond, uncond = chunk(exact, exact.cast(both), 2, 0)
+    h, guidance = output_half(stage)
+    last = last_conv(stage)
+    if last.flavour.has_end_plugins(last.shape(), last.options):
+        return own_last(stage, h, guidance)
+    exact = stage.net(stage.config.unet.prefix).float32()
+    cond, uncond = chunk(exact, exact.cast(conv(last, h)), 2, 0)
     difference = sub(exact, cond, uncond)
     e = add(exact, uncond, mul(exact, number(exact, guidance), difference, "amplified"), "guided")
     stage.output("e", e, np.float32)
@@ -247,20 +248,22 @@ def unet_decoder(stage: Stage) -> None:
 
 def unet_decoder_cond(stage: Stage) -> None:
     """As `unet_decoder`, but of the prompt's half alone: it takes the last `difference` (N, 4, h, w) and keeps it."""
-    cond, guidance = output_half(stage)
-    net, difference = stage.net(stage.config.unet.prefix), stage.latent("difference")
-    if net.flavour.has_residual_plugins(net.options):
-        return own_update(stage, cond, guidance, difference)
-    exact = net.float32()
+    h, guidance = output_half(stage)
+    last, difference = last_conv(stage), stage.latent("difference")
+    if last.flavour.has_end_plugins(last.shape(), last.options):
+        return own_last(stage, h, guidance, difference)
+    exact = stage.net(stage.config.unet.prefix).float32()
     guidance = number(exact, guidance)
     rest = sub(exact, guidance, scalar(exact, guidance, 1.0), "guidance_less_one")
-    e = add(exact, exact.cast(cond), mul(exact, rest, difference, "amplified"), "guided")
+    e = add(exact, exact.cast(conv(last, h)), mul(exact, rest, difference, "amplified"), "guided")
     stage.output("e", e, np.float32)
     update(stage, e)
 
 
 def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
-    """The UNet's output half of skips and middle with the scaled residuals added (rows, 4, h, w); the guidance (1)."""
+    """The UNet's output half of skips and middle with the scaled residuals added, but for its last convolution
+    (rows, C, h, w); the guidance (1).
+    """
     config = stage.config.unet
     *skips, middle = stage.maps("skip", "middle")
     residuals = stage.maps("residual", f"residual{len(skips)}")
@@ -282,20 +285,30 @@ def output_half(stage: Stage) -> tuple[trt.ITensor, trt.ITensor]:
     return decode(net, config, joins, middle, rows, kv), guidance
 
 
+def last_conv(stage: Stage) -> Net:
+    """Where the UNet's last convolution is."""
+    return stage.net(stage.config.unet.prefix).at("out.2")
+
+
 def number(net: Net, guidance: trt.ITensor) -> trt.ITensor:
     """The guidance (1) as it multiplies maps."""
     return reshape(net, guidance, (1, 1, 1, 1), what="guidance")
 
 
-def own_update(
-    stage: Stage, made: trt.ITensor, guidance: trt.ITensor, difference: trt.ITensor | None = None
+def own_last(
+    stage: Stage, h: trt.ITensor, guidance: trt.ITensor, difference: trt.ITensor | None = None
 ) -> None:  # fmt: skip
-    """The outputs of `unet_decoder` by our plugin, of what the output half made; or of `unet_decoder_cond`."""
+    """The outputs of `unet_decoder` by our plugin, of what `output_half` made; or of `unet_decoder_cond`.
+
+    It does the last convolution, too, so that e is never rounded to half precision.
+    """
     x, *others = update_inputs(stage)
     kept = [] if difference is None else [difference]
-    inputs, names = [x, made, guidance, *others, *kept], ["e", "x_next", "difference"][: 3 - len(kept)]
-    net = stage.net(stage.config.unet.prefix)
-    outputs = own_outputs(net, UPDATE, inputs, len(names), "update", cond=len(kept))
+    last = last_conv(stage)
+    rows, bias = last_rows(last.weight()), last.float32().weight("bias")
+    weight, shift = last.constant(rows, rows.shape, "weight"), last.float32().constant(bias, bias.shape, "bias")
+    inputs, names = [x, h, weight, shift, guidance, *others, *kept], ["e", "x_next", "difference"][: 3 - len(kept)]
+    outputs = own_outputs(last, LAST, inputs, len(names), cond=len(kept))
     by_name = dict(zip(names, outputs, strict=True))
     for name in ("e", *names[2:], "x_next"):  # in the order of the twin
         stage.output(name, by_name[name], np.float32)

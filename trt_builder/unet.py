@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plugins.load import GEGLU
+from plugins.load import FIRST, GEGLU, first_blocks
 from trt_builder.attention import attention, attention_over_itself
 from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
     Net,
+    add,
     chunk,
     conv,
     gelu,
@@ -21,6 +22,7 @@ from trt_builder.layers import (
     mul,
     own,
     own_conv,
+    own_outputs,
     reshape,
     residual_conv,
     takes_own_conv,
@@ -138,12 +140,12 @@ def run_block(
     net: Net, config: UNetConfig, block: Block, x: trt.ITensor, rows: Iterator[trt.ITensor], kv: Iterator[KV],
     normed: trt.ITensor | None = None,
 ) -> trt.ITensor:  # fmt: skip
-    """One input, middle or output block, drawing rows and K/V in layer order; its first ResBlock takes `normed`."""
+    """One input block but the first, middle or output block, drawing rows and K/V in layer order; its first ResBlock
+    takes `normed`.
+    """
     for layer in block:
         at = net.at(layer.prefix)
-        if layer.kind == "conv":
-            x = conv(at, x)
-        elif layer.kind == "res":
+        if layer.kind == "res":
             x, normed = res_block(at, x, next(rows), normed), None
         elif layer.kind == "transformer":
             x = spatial_transformer(at, x, kv, config.num_heads, config.transformer_depth)
@@ -154,12 +156,35 @@ def run_block(
     return x
 
 
+def first_block(
+    net: Net, config: UNetConfig, x: trt.ITensor, batch: int, hint: trt.ITensor | None = None
+) -> tuple[trt.ITensor, trt.ITensor]:
+    """The first input block, a convolution of x (N, 4, h, w) in float32, and a hint (1, C, h, w): (N, C, h, w) twice.
+
+    Our plugin repeats the second one to `batch` rows, for whoever wants all of them.
+    """
+    (layer,) = config.input_blocks[0]
+    at = net.at(layer.prefix)
+    if not net.flavour.has_end_plugins(at.shape(), net.options):
+        y = conv(at, net.cast(x))
+        y = y if hint is None else add(net, y, hint, "add_hint")
+        return y, y
+    exact, repeat = at.float32(), batch // x.shape[0]
+    blocks, bias = first_blocks(exact.weight()), exact.weight("bias")
+    inputs = [x, exact.constant(blocks, blocks.shape, "weight"), exact.constant(bias, bias.shape, "bias")]
+    inputs += [] if hint is None else [hint]
+    count = 2 if repeat > 1 else 1
+    made = own_outputs(at, FIRST, inputs, count, hint=int(hint is not None), repeat=repeat if count == 2 else 0)
+    return made[0], made[-1]
+
+
 def encode(
-    net: Net, config: UNetConfig, x: trt.ITensor, rows: Iterator[trt.ITensor], kv: Iterator[KV]
+    net: Net, config: UNetConfig, x: trt.ITensor, batch: int, rows: Iterator[trt.ITensor], kv: Iterator[KV]
 ) -> tuple[list[trt.ITensor], trt.ITensor]:
-    """The input half: the skips, one per input block, and the middle block's output."""
-    skips = []
-    for block in config.input_blocks:
+    """The input half: the skips, one per input block, and the middle block's output, of `batch` rows."""
+    x, skip = first_block(net, config, x, batch)
+    skips = [skip]
+    for block in config.input_blocks[1:]:
         x = run_block(net, config, block, x, rows, kv)
         skips.append(x)
     return skips, run_block(net, config, config.middle_block, x, rows, kv)
@@ -169,7 +194,8 @@ def decode(
     net: Net, config: UNetConfig, joins: list[Join], middle: trt.ITensor, rows: Iterator[trt.ITensor],
     kv: Iterator[KV],
 ) -> trt.ITensor:  # fmt: skip
-    """The output half → e (B, 4, h, w), from the middle block's output, and what puts each skip behind an x.
+    """The output half but for its last convolution: (B, C, h, w), from the middle block's output, and what puts each
+    skip behind an x.
 
     Such a join may also do the GroupNorm-SiLU that its block begins with.
     """
@@ -177,4 +203,4 @@ def decode(
     for block, join in zip(config.output_blocks, reversed(joins), strict=True):
         x, normed = join(net.at(block[0].prefix), x)
         x = run_block(net, config, block, x, rows, kv, normed)
-    return conv(net.at("out.2"), group_norm(net.at("out.0"), x, with_silu=True))
+    return group_norm(net.at("out.0"), x, with_silu=True)

@@ -33,7 +33,9 @@ struct JoinNormOp {
 
     static int32_t outputs(const Fields&) { return 2; }  // what is joined, and GroupNorm of it
 
-    static nvinfer1::DimsExprs output(const Fields& f, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build) {
+    static nvinfer1::DimsExprs output(
+        const Fields& f, int32_t, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build
+    ) {
         return JoinOp::output(join_of(f), in, build);
     }
 

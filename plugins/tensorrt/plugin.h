@@ -2,8 +2,8 @@
 //
 // A plugin is a type `Op` with a struct `Fields` whose first member is `version`, the table `fields` of its members,
 // and functions of what TensorRT asks; plugin_v2.cpp and plugin_v3.cpp give it to TensorRT. It has one output, of the
-// type of its first input; with a function `outputs` as many as that says, all of this type and of one shape, and
-// `enqueue` gets all their addresses.
+// type of its first input, or of its own `type`. With a function `outputs` it has as many as that says, all of this
+// type; `output` is then asked for each, and `enqueue` gets all their addresses.
 #pragma once
 
 #include <array>
@@ -42,6 +42,30 @@ int32_t outputs_of(const typename Op::Fields& fields) {
         return Op::outputs(fields);
     else
         return 1;
+}
+
+template <typename Op>
+nvinfer1::DimsExprs output_of(
+    const typename Op::Fields& fields, int32_t i, const nvinfer1::DimsExprs* in, nvinfer1::IExprBuilder& build
+) {
+    if constexpr (kSeveralOutputs<Op>)
+        return Op::output(fields, i, in, build);
+    else
+        return Op::output(fields, in, build);
+}
+
+template <typename Op, typename = void>
+constexpr bool kOwnType = false;
+template <typename Op>
+constexpr bool kOwnType<Op, std::void_t<decltype(Op::type)>> = true;
+
+// The type of the outputs, of those of the inputs.
+template <typename Op>
+nvinfer1::DataType type_of(const nvinfer1::DataType* inputs) {
+    if constexpr (kOwnType<Op>)
+        return Op::type;
+    else
+        return inputs[0];
 }
 
 // TensorRT's logger, which it names when it loads the library.

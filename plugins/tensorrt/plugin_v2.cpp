@@ -2,10 +2,11 @@
 #include "../attention/op.h"
 #include "../conv/cross_op.h"
 #include "../conv/op.h"
+#include "../ends/first_op.h"
+#include "../ends/last_op.h"
 #include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
-#include "../tokens/update_op.h"
 
 #if NV_TENSORRT_MAJOR != 8
 #error "plugin_v2.cpp is for TensorRT 8.6; plugin_v3.cpp is for 10 and newer"
@@ -30,7 +31,9 @@ public:
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(AsciiChar const* space) noexcept override { namespace_ = space; }
     AsciiChar const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
-    DataType getOutputDataType(int32_t, DataType const* types, int32_t) const noexcept override { return types[0]; }
+    DataType getOutputDataType(int32_t, DataType const* types, int32_t) const noexcept override {
+        return type_of<Op>(types);
+    }
     size_t getSerializationSize() const noexcept override { return sizeof fields_; }
     void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &fields_, sizeof fields_); }
 
@@ -46,8 +49,8 @@ public:
         return copy;
     }
 
-    DimsExprs getOutputDimensions(int32_t, DimsExprs const* in, int32_t, IExprBuilder& build) noexcept override {
-        return Op::output(fields_, in, build);
+    DimsExprs getOutputDimensions(int32_t i, DimsExprs const* in, int32_t, IExprBuilder& build) noexcept override {
+        return output_of<Op>(fields_, i, in, build);
     }
 
     bool supportsFormatCombination(
@@ -139,10 +142,12 @@ CANNY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
     static canny::Creator<canny::JoinNormOp> join_norm;
-    static canny::Creator<canny::UpdateOp> update;
+    static canny::Creator<canny::LastOp> last;
     static canny::Creator<canny::CrossOp> cross;
-    static nvinfer1::IPluginCreator* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,  &add,
-                                                         &conv,       &join,      &join_norm,  &update, &cross};
-    count = 10;
+    static canny::Creator<canny::FirstOp> first;
+    static nvinfer1::IPluginCreator* const creators[] = {
+        &group_norm, &attention, &layer_norm, &geglu, &add, &conv, &join, &join_norm, &last, &cross, &first
+    };
+    count = 11;
     return creators;
 }

@@ -4,10 +4,11 @@
 #include "../attention/op.h"
 #include "../conv/cross_op.h"
 #include "../conv/op.h"
+#include "../ends/first_op.h"
+#include "../ends/last_op.h"
 #include "../group_norm/join_op.h"
 #include "../group_norm/op.h"
 #include "../tokens/op.h"
-#include "../tokens/update_op.h"
 
 #if NV_TENSORRT_MAJOR < 10
 #error "plugin_v3.cpp is for TensorRT 10 and newer; plugin_v2.cpp is for 8.6"
@@ -49,14 +50,14 @@ public:
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &stored_.all; }
 
     int32_t getOutputDataTypes(DataType* out, int32_t, DataType const* in, int32_t) const noexcept override {
-        std::fill_n(out, outputs_of<Op>(fields_), in[0]);
+        std::fill_n(out, outputs_of<Op>(fields_), type_of<Op>(in));
         return 0;
     }
 
     int32_t getOutputShapes(
         DimsExprs const* in, int32_t, DimsExprs const*, int32_t, DimsExprs* out, int32_t, IExprBuilder& build
     ) noexcept override {
-        std::fill_n(out, outputs_of<Op>(fields_), Op::output(fields_, in, build));
+        for (int32_t i = 0; i < outputs_of<Op>(fields_); i++) out[i] = output_of<Op>(fields_, i, in, build);
         return 0;
     }
 
@@ -146,10 +147,12 @@ CANNY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
     static canny::Creator<canny::ConvOp> conv;
     static canny::Creator<canny::JoinOp> join;
     static canny::Creator<canny::JoinNormOp> join_norm;
-    static canny::Creator<canny::UpdateOp> update;
+    static canny::Creator<canny::LastOp> last;
     static canny::Creator<canny::CrossOp> cross;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&group_norm, &attention, &layer_norm, &geglu,  &add,
-                                                                  &conv,       &join,      &join_norm,  &update, &cross};
-    count = 10;
+    static canny::Creator<canny::FirstOp> first;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {
+        &group_norm, &attention, &layer_norm, &geglu, &add, &conv, &join, &join_norm, &last, &cross, &first
+    };
+    count = 11;
     return creators;
 }

@@ -39,21 +39,3 @@ struct CannyJoin {
     void* y;                 // (batch, positions, first + second)
     int32_t batch, positions, first, second;
 };
-
-// The end of a step, in float: guidance and the update of x.
-//   difference = cond - uncond, e = uncond + guidance·difference, x_next = a·x + b0·e + b1·e1 + b2·e2 + noise
-// Of the prompt's half alone, with the difference of before: e = cond + (guidance - 1)·difference.
-// Each thread reads its numbers before it writes any, so that results may lie where something was read.
-struct CannyUpdate {
-    const float* x;             // (samples, channels, positions)
-    const void* both;           // (2·samples, channels, positions), cond before uncond, of half or float; cond alone
-    const float* guidance;      // (1)
-    const float *e1, *e2;       // as x: e of one and of two evaluations before
-    const float* noise;         // as x
-    const float* coefficients;  // a, b0, b1, b2
-    const float* kept;          // null, or the difference, as x, where there is cond alone
-    float *e, *difference, *x_next;
-    int32_t samples, channels, positions;
-    int32_t half;   // whether `both` is
-    int32_t pitch;  // 0, or that of `both` where it is channels-last: (rows, positions, pitch)
-};

@@ -1,4 +1,4 @@
-// LayerNorm, GEGLU, sums, skips and the end of a step on a GPU, behind C functions.
+// LayerNorm, GEGLU, sums and skips on a GPU, behind C functions.
 #include "kernel.cuh"
 
 #include "../launch.cuh"
@@ -37,11 +37,5 @@ int32_t canny_add(const CannyAdd* call, cudaStream_t stream) {
 int32_t canny_join(const CannyJoin* call, cudaStream_t stream) {
     cudaError_t error = cudaErrorNotSupported;
     canny::run_join(*call, launcher(stream, error));
-    return error;
-}
-
-int32_t canny_update(const CannyUpdate* call, cudaStream_t stream) {
-    cudaError_t error = cudaErrorNotSupported;
-    canny::run_update(*call, launcher(stream, error));
     return error;
 }

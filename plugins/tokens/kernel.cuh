@@ -111,32 +111,6 @@ __global__ void __launch_bounds__(kGateThreads) join(const CannyJoin p) {
     y.store(static_cast<__half*>(p.y) + position * both + at);
 }
 
-// A thread has a number.
-__global__ void __launch_bounds__(kGateThreads) update(const CannyUpdate p) {
-    int64_t i = int64_t(blockIdx.x) * kGateThreads + threadIdx.x, count = int64_t(p.samples) * p.channels * p.positions;
-    if (i >= count) return;
-    wait_for_previous();
-    int64_t at = i, apart = count;  // where `both` has the number of cond, and how far from it that of uncond is
-    if (p.pitch) {
-        int64_t row = i / p.positions, sample = row / p.channels;
-        at = (sample * p.positions + i - row * p.positions) * p.pitch + row - sample * p.channels;
-        apart = int64_t(p.samples) * p.positions * p.pitch;
-    }
-    auto number = [&](int64_t k) {
-        return p.half ? to_float(static_cast<const __half*>(p.both)[k]) : static_cast<const float*>(p.both)[k];
-    };
-    bool alone = p.kept != nullptr;
-    float cond = number(at), other = alone ? p.kept[i] : number(at + apart), guidance = *p.guidance;
-    float x = p.x[i], e1 = p.e1[i], e2 = p.e2[i], noise = p.noise[i];
-    const float* b = p.coefficients;
-    float difference = alone ? other : cond - other;
-    float e = alone ? cond + (guidance - 1.f) * difference : other + guidance * difference;
-    float x_next = b[0] * x + b[1] * e + b[2] * e1 + b[3] * e2 + noise;
-    if (!alone) p.difference[i] = difference;
-    p.e[i] = e;
-    p.x_next[i] = x_next;
-}
-
 // Do a call with `launch(kernel, blocks, threads, call)`; false where its shape has no kernel.
 template <typename Launch>
 bool run_layer_norm(const CannyLayerNorm& call, Launch&& launch) {
@@ -149,7 +123,7 @@ bool run_layer_norm(const CannyLayerNorm& call, Launch&& launch) {
     return held <= 8 && launch(layer_norm<8>, grid, 32 * kNormWarps, call);
 }
 
-// A kernel with this many threads, whose threads have a vector each or a number.
+// A kernel with this many threads, whose threads have a vector each.
 template <typename Call, typename Launch>
 bool run_vectors(void (*kernel)(const Call), int64_t threads, const Call& call, Launch&& launch) {
     int64_t blocks = (threads + kGateThreads - 1) / kGateThreads;
@@ -174,13 +148,6 @@ bool run_join(const CannyJoin& call, Launch&& launch) {
     if (!sizes || call.first % kWidth || call.second % kWidth) return false;
     int64_t vectors = int64_t(call.batch) * call.positions * ((call.first + call.second) / kWidth);
     return run_vectors(join, vectors, call, launch);
-}
-
-template <typename Launch>
-bool run_update(const CannyUpdate& call, Launch&& launch) {
-    bool sizes = call.samples > 0 && call.channels > 0 && call.positions > 0;
-    if (!sizes || (call.pitch && (call.pitch < call.channels || !call.half))) return false;
-    return run_vectors(update, int64_t(call.samples) * call.channels * call.positions, call, launch);
 }
 
 }  // namespace canny

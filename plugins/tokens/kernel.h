@@ -11,4 +11,3 @@ canny_layer_norm(const CannyLayerNorm* call, cudaStream_t stream);
 extern "C" __attribute__((visibility("default"))) int32_t canny_geglu(const CannyGeglu* call, cudaStream_t stream);
 extern "C" __attribute__((visibility("default"))) int32_t canny_add(const CannyAdd* call, cudaStream_t stream);
 extern "C" __attribute__((visibility("default"))) int32_t canny_join(const CannyJoin* call, cudaStream_t stream);
-extern "C" __attribute__((visibility("default"))) int32_t canny_update(const CannyUpdate* call, cudaStream_t stream);

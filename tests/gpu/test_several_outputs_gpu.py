@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from plugins.call import error
-from plugins.load import JOIN_NORM, UPDATE
-from plugins.token_calls import Join, JoinNorm, Update
+from plugins.end_calls import First, Last
+from plugins.load import FIRST, JOIN_NORM, LAST, first_blocks, last_rows
+from plugins.token_calls import Join, JoinNorm
 from runtime.engine import Engine, gpu
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
@@ -35,9 +36,11 @@ def formats(flavour: Flavour, tensor: Any, maps: bool) -> None:
 
 def one_layer(
     flavour: Flavour, inputs: Arrays, constants: Mapping[str, np.ndarray], maps: set[str], names: list[str],
-    define: Callable[[Net, dict[str, Any]], list[Any]],
+    define: Callable[[Net, dict[str, Any]], list[Any]], kind: Any = None,
 ) -> bytes:  # fmt: skip
-    """The plan of what `define` makes of these inputs and of constants in float; outputs have the first one's type."""
+    """The plan of what `define` makes of these inputs and of constants in float; outputs have the first one's type, or
+    this one.
+    """
     options = Options(group_norm="own", residual="own")
     flavour.load_plugins(options)
     builder = flavour.create_builder(flavour.trt.Logger(flavour.trt.Logger.ERROR))
@@ -49,7 +52,7 @@ def one_layer(
         formats(flavour, tensors[name], name in maps)
     for name, array in constants.items():
         tensors[name] = net.float32().constant(array, array.shape, name)
-    kind = next(iter(inputs.values())).dtype.type
+    kind = kind or next(iter(inputs.values())).dtype.type
     for name, y in zip(names, define(net, tensors), strict=True):
         y.name = name
         network.mark_output(y)
@@ -99,19 +102,48 @@ def test_a_join_and_its_group_norm(flavour: Flavour, join: Join) -> None:
     assert error(y, what.expected(arrays, joined)) < 2e-3
 
 
-@pytest.mark.parametrize("layout", ["half", "by eights"])
+@pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("cond", [False, True])
-def test_the_end_of_a_step(flavour: Flavour, layout: Any, cond: bool) -> None:
-    what = Update(1, 4, 96, layout, cond)
+def test_the_end_of_a_step(flavour: Flavour, samples: int, cond: bool) -> None:
+    what = Last(samples, 320, 8, 12, cond=cond)
     arrays = what.arrays()
-    inputs = {name: a.reshape(len(a), 4, 8, 12) if a.ndim == 3 else a for name, a in arrays.items()}
-    names = ["x", "both", "guidance", "e1", "e2", "noise", "coefficients", *(("kept",) if cond else ())]
+    inputs = {name: array for name, array in arrays.items() if name not in ("weight", "bias")}
+    inputs = {"x": inputs.pop("x")} | inputs
+    names = ["x", "h", "weight", "bias", "guidance", "e1", "e2", "noise", "coefficients", *(("kept",) if cond else ())]
     results = ["e", "x_next", "difference"][: 2 if cond else 3]
 
     def define(net: Net, tensors: dict[str, Any]) -> list[Any]:
-        return own_outputs(net, UPDATE, [tensors[name] for name in names], len(results), cond=int(cond))
+        rows = last_rows(arrays["weight"])
+        tensors = tensors | {"weight": net.constant(rows, rows.shape, "weight")}
+        return own_outputs(net, LAST, [tensors[name] for name in names], len(results), cond=int(cond))
 
-    plan = one_layer(flavour, inputs, {}, {"both"} if layout == "by eights" else set(), results, define)
+    plan = one_layer(flavour, inputs, {"bias": arrays["bias"]}, {"h"}, results, define)
     made, expected = same_results(flavour, plan, inputs), what.expected(arrays)
     for name in results:
-        assert error(made[name].reshape(1, 4, 96), expected[name]) < 2e-6
+        assert error(made[name], expected[name]) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        First(1, 4, 8, 12, 320, hint_batch=1, repeat=2), First(1, 4, 8, 12, 320, repeat=2),
+        First(2, 4, 8, 12, 320, hint_batch=1, repeat=2), First(1, 4, 8, 12, 320, hint_batch=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_first_convolution(flavour: Flavour, what: First) -> None:
+    """Of a latent in float, to maps in half precision of two sizes."""
+    arrays = what.arrays()
+    inputs = {name: array for name, array in arrays.items() if name in ("x", "hint")}
+    constants = {"weight": first_blocks(arrays["weight"]), "bias": arrays["bias"]}
+    results = list(what.results)
+
+    def define(net: Net, tensors: dict[str, Any]) -> list[Any]:
+        chosen = [tensors[name] for name in ("x", "weight", "bias", *(("hint",) if what.hint_batch else ()))]
+        hint = int(what.hint_batch > 0)
+        return own_outputs(net, FIRST, chosen, len(results), hint=hint, repeat=what.repeat)
+
+    plan = one_layer(flavour, inputs, constants, {"hint", *results}, results, define, np.float16)
+    made, y = same_results(flavour, plan, inputs), what.expected(arrays)
+    for name in results:
+        assert error(made[name], np.concatenate([y] * (len(made[name]) // len(y)))) < 5e-4

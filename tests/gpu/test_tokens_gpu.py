@@ -6,7 +6,7 @@ import pytest
 
 from bench.attention import attentions, between, residuals
 from plugins.call import error
-from plugins.token_calls import Geglu, Join, LayerNorm, Sum, Update, tokens_on_gpu, update_on_gpu
+from plugins.token_calls import Geglu, Join, LayerNorm, Sum, tokens_on_gpu
 from runtime.engine import gpu
 from trt_builder.config import ModelConfig, Shape
 
@@ -33,19 +33,3 @@ def test_against_float64_and_the_same_bits_every_time(
         for _ in range(20):
             on_gpu.launch()
             assert on_gpu.result().tobytes() == first.tobytes()
-
-
-@pytest.mark.parametrize("layout", ["half", "float", "by eights"])
-@pytest.mark.parametrize("shape", [(1, 4, 1536), (2, 4, 1536), (3, 12, 35)], ids=str)
-@pytest.mark.parametrize("cond", [False, True])
-def test_the_end_of_a_step(library: Any, shape: tuple[int, int, int], layout: Any, cond: bool) -> None:
-    what = Update(*shape, layout, cond)
-    arrays = what.arrays()
-    expected = what.expected(arrays)
-    with update_on_gpu(library, what, arrays) as on_gpu:
-        on_gpu.launch()
-        first = {name: on_gpu.result(name) for name in what.results}
-        assert all(error(first[name], expected[name]) < 2e-6 for name in what.results)
-        for _ in range(20):
-            on_gpu.launch()
-            assert all(on_gpu.result(name).tobytes() == first[name].tobytes() for name in what.results)

@@ -1,0 +1,10 @@
+// The ends of a step on a GPU: the functions that a caller in C, or the TensorRT plugins, use.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "call.h"
+
+// Enqueue one call on a stream; returns a cudaError_t, cudaErrorNotSupported where its shape has no kernel.
+extern "C" __attribute__((visibility("default"))) int32_t canny_first(const CannyFirst* call, cudaStream_t stream);
+extern "C" __attribute__((visibility("default"))) int32_t canny_last(const CannyLast* call, cudaStream_t stream);
