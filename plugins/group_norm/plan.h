@@ -123,7 +123,8 @@ inline Plan plan_linear(const Shape& shape) {
 
 // How often a large GPU is filled.
 constexpr int32_t plan_turns(const Plan& plan, int32_t batch) {
-    return ceil_div(plan.tiles * batch, plan.slices > 8 ? 1 : kClustersAtOnce[plan.slices - 1]);
+    int32_t large = plan.slices > 8 ? 1 : kClustersAtOnce[plan.slices - 1];
+    return ceil_div(plan.tiles * batch, plan.batches <= 2 ? 2 * large : large);
 }
 
 // The plan for a GPU whose clusters have up to `max_cluster` blocks (1 where it knows none).
