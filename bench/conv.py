@@ -27,15 +27,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.attention import placed, usual_library
-from bench.group_norm import add_shape, graph_us, plan_of, plan_us
+from bench.attention import usual_library
+from bench.group_norm import Size, add_shape, graph_us, placed, plan_of, plan_us
 from plugins.call import OnGpu, error, open_library
 from plugins.conv_calls import Conv, conv_on_gpu
 from plugins.cross_calls import Cross, scores, values
 from plugins.load import CONV_ROWS, has_conv_kernel
 from runtime.engine import check, cuda_runtime, gpu
 from runtime.manifest import EngineError
-from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
+from trt_builder.config import Block, Layer, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, conv
 from trt_builder.plugin_layers import conv_wins, cross_fits
@@ -56,9 +56,9 @@ def convolutions(config: ModelConfig, shape: Shape, options: Options = Options()
     one launch of ours.
     """
     unet, control, words = config.unet, config.control, config.clip.max_length
-    found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, words, outputs=True))
-    found.update(of_blocks(unet, unet.encoder_blocks, shape, options, 1, shape.samples, words))
-    found.update(of_blocks(unet, unet.output_blocks, shape, options, max(unet.scales), shape.batch, words))
+    found = Counter(of_blocks(control, control.encoder_blocks, shape, options, words, outputs=True))
+    found.update(of_blocks(unet, unet.encoder_blocks, shape, options, words))
+    found.update(of_blocks(unet, unet.output_blocks, shape, options, words))
     return found
 
 
@@ -67,29 +67,40 @@ def of_blocks(
     blocks: Sequence[Block],
     shape: Shape,
     options: Options,
-    scale: int,
-    batch: int,
     words: int,
     outputs: bool = False,
 ) -> Iterator[Conv]:
-    """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order, as trt_builder/unet.py
-    has them, texts being so many words; with the one of each of ControlNet's `outputs`.
+    """Those of the encoder's or the output blocks, in order, as trt_builder/unet.py has them, texts being so many
+    words; with the one of each of ControlNet's `outputs`.
     """
     ends = {block[-1].prefix for block in blocks}
-    for layer, given, made in placed(blocks, shape, scale, batch):
-        (rows, h, w), c, d = given, layer.channels, layer.out_channels
-        if layer.kind == "res":
-            yield Conv(rows, c, h, w, d)
-            last = Conv(rows, d, h, w, d, residual_batch=rows)
-            yield from [last] if c == d else of_both(last, Conv(rows, c, h, w, d, 1), 0, options)
-        elif layer.kind == "transformer":
-            yield from of_transformer(Conv(rows, c, h, w, c, 1), options, shape.batch, config, words)
-        elif layer.kind == "down":
-            yield Conv(rows, c, h, w, d, stride=2)
-        else:
-            yield Conv(rows, c, *made[1:], d)
+    for layer, given, made in placed(config, blocks, shape):
+        yield from of_layer(config, layer, given, made, shape.batch, options, words)
         if outputs and layer.prefix in ends:
-            yield Conv(made[0], d, *made[1:], d, 1)
+            yield output_of(layer, made)
+
+
+def of_layer(
+    config: UNetConfig, layer: Layer, given: Size, made: Size, batch: int, options: Options, words: int
+) -> Iterator[Conv]:
+    """Those of a layer that gets a map of one size and makes one of the other; cond and uncond are `batch`."""
+    (rows, h, w), c, d = given, layer.channels, layer.out_channels
+    if layer.kind == "res":
+        yield Conv(rows, c, h, w, d)
+        last = Conv(rows, d, h, w, d, residual_batch=rows)
+        yield from [last] if c == d else of_both(last, Conv(rows, c, h, w, d, 1), 0, options)
+    elif layer.kind == "transformer":
+        yield from of_transformer(Conv(rows, c, h, w, c, 1), options, batch, config, words)
+    elif layer.kind == "down":
+        yield Conv(rows, c, h, w, d, stride=2)
+    else:
+        yield Conv(rows, c, *made[1:], d)
+
+
+def output_of(layer: Layer, made: Size) -> Conv:
+    """ControlNet's 1×1 one behind a block, whose last layer makes a map of this size."""
+    (rows, h, w), d = made, layer.out_channels
+    return Conv(rows, d, h, w, d, 1)
 
 
 def of_transformer(plain: Conv, options: Options, batch: int, config: UNetConfig, words: int) -> Iterator[Conv]:

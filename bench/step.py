@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import bench.conv
-from bench.attention import placed, usual_library
-from bench.group_norm import add_shape, graph_us
+from bench.attention import usual_library
+from bench.group_norm import add_shape, graph_us, placed
 from plugins.call import Attention, GroupNorm, open_library
 from plugins.conv_calls import Conv
 from plugins.cross_calls import Cross
@@ -50,28 +50,29 @@ DEVIATION = 0.02  # of weights and maps: sums of thousands of products stay smal
 def kernels(config: ModelConfig, shape: Shape) -> dict[str, list[Kernel]]:
     """Our kernels of each stage, in order."""
     unet, control, words = config.unet, config.control, config.clip.max_length
-    deepest, skips = max(unet.scales), list(reversed(unet.channels))
+    skips = list(reversed(unet.channels))
     last = GroupNorm(shape.batch, unet.output_blocks[-1][-1].out_channels, shape.h, shape.w)
     return {
-        "control": list(of_blocks(control, control.encoder_blocks, shape, 1, shape.samples, words, outputs=True)),
-        "unet_encoder": list(of_blocks(unet, unet.encoder_blocks, shape, 1, shape.samples, words)),
-        "unet_decoder": [*of_blocks(unet, unet.output_blocks, shape, deepest, shape.batch, words, skips), last],
+        "control": list(of_blocks(control, control.encoder_blocks, shape, words, outputs=True)),
+        "unet_encoder": list(of_blocks(unet, unet.encoder_blocks, shape, words)),
+        "unet_decoder": [*of_blocks(unet, unet.output_blocks, shape, words, skips), last],
     }
 
 
 def of_blocks(
-    config: UNetConfig, blocks: Sequence[Block], shape: Shape, scale: int, batch: int, words: int,
-    skips: Sequence[int] = (), outputs: bool = False,
+    config: UNetConfig, blocks: Sequence[Block], shape: Shape, words: int, skips: Sequence[int] = (),
+    outputs: bool = False,
 ) -> Iterator[Kernel]:  # fmt: skip
-    """Those of blocks that begin at 1/scale of the latent's size and with this batch.
+    """Those of the encoder's or the output blocks, in order.
 
     skips: channels of what is joined to each block's x. outputs: with ControlNet's 1×1 convolution behind each block.
     """
     joined = {block[0].prefix: skip for block, skip in zip(blocks, skips, strict=bool(skips))}
     ends = {block[-1].prefix for block in blocks if outputs}
-    for layer, (rows, h, w), _ in placed(blocks, shape, scale, batch):
-        last = layer.prefix in ends
-        convs = bench.conv.of_blocks(config, [(layer,)], shape, OURS, scale, rows, words, outputs=last)
+    for layer, given, after in placed(config, blocks, shape):
+        rows, h, w = given
+        convs = list(bench.conv.of_layer(config, layer, given, after, shape.batch, OURS, words))
+        convs += [bench.conv.output_of(layer, after)] if layer.prefix in ends else []
         ours: Iterator[Conv | None] = (one if bench.conv.is_ours(one, OURS) else None for one in convs)
         c, skip = layer.channels, joined.get(layer.prefix, 0)
         made: list[Kernel | None]
@@ -90,7 +91,6 @@ def of_blocks(
         else:
             made = list(ours)
         yield from (one for one in made if one is not None)
-        scale = {"down": scale * 2, "up": scale // 2}.get(layer.kind, scale)
 
 
 def attentions(
