@@ -23,12 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.group_norm import LAUNCHES, add_shape, graph_us, placed
+from bench.group_norm import LAUNCHES, add_shape, graph_us, measured_on, placed
 from plugins.call import Attention, GroupNorm, OnGpu, attention_on_gpu, error, group_norm_on_gpu, open_library
 from plugins.load import PluginError, library_path
 from plugins.token_calls import Geglu, Join, JoinNorm, LayerNorm, Sum, join_norm_on_gpu, tokens_on_gpu
-from runtime.engine import gpu
-from runtime.manifest import EngineError
 from trt_builder.config import Block, ModelConfig, Shape, UNetConfig
 
 TOLERANCE = 2e-3
@@ -159,9 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=Path("attention.json"), help="what was measured (%(default)s)")
     options = make.parse_args(argv)
     try:
-        here = gpu()
-        if here is None:
-            raise EngineError("attention is measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = measured_on()
         model, shape = ModelConfig.load(options.model), Shape(options.height, options.width, options.samples)
         counts = attentions(model, shape)
         others = [*between(counts).items(), *residuals(model, shape).items()]

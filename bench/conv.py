@@ -28,13 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.attention import usual_library
-from bench.group_norm import Size, add_shape, graph_us, placed, plan_of, plan_us
+from bench.group_norm import Size, add_shape, graph_us, measured_on, placed, plan_of, plan_us
 from plugins.call import OnGpu, error, open_library
 from plugins.conv_calls import Conv, conv_on_gpu
 from plugins.cross_calls import Cross, scores, values
 from plugins.load import CONV_ROWS, has_conv_kernel
-from runtime.engine import check, cuda_runtime, gpu
-from runtime.manifest import EngineError
+from runtime.engine import check, cuda_runtime
 from trt_builder.config import Block, Layer, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, conv
@@ -298,9 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=Path("conv.json"), help="what was measured (%(default)s)")
     options = make.parse_args(argv)
     try:
-        here = gpu()
-        if here is None and not options.plan:
-            raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = None if options.plan else measured_on()
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
         switches = Options(
@@ -315,11 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             flavour = get_flavour("tensorrt") if options.builtin else None
             rows = list(measured(library, flavour, counts, options.replays, options.sweep))
-    except (ValueError, OSError, EngineError) as why:
+    except (ValueError, OSError) as why:
         print(f"bench.conv: {why}", file=sys.stderr)
         return 2
-    if not options.plan:
-        found = {"gpu": here.name if here else None, "rows": rows}
+    if here:
+        found = {"gpu": here.name, "rows": rows}
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     Console(width=140).print(table(here.name if here else "H200, predicted", rows))
     return 0

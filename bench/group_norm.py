@@ -27,7 +27,7 @@ from rich.table import Table
 
 from plugins.call import GroupNorm, error, group_norm_on_gpu, open_library, plan
 from plugins.load import LIB, Library, find, library_path
-from runtime.engine import Engine, check, cuda_runtime, gpu
+from runtime.engine import Engine, Gpu, check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, Layer, ModelConfig, Options, Shape, UNetConfig, VAEConfig
 from trt_builder.flavour import Flavour, get_flavour
@@ -225,6 +225,14 @@ def add_shape(make: argparse.ArgumentParser) -> None:
         make.add_argument(f"--{name}", type=int, default=usual, help="(%(default)s)")
 
 
+def measured_on() -> Gpu:
+    """The GPU that kernels are measured on; raises EngineError where there is none."""
+    here = gpu()
+    if here is None:
+        raise EngineError("kernels are measured on an NVIDIA GPU, and cuda-python sees none here.")
+    return here
+
+
 def parser() -> argparse.ArgumentParser:
     """Every option."""
     make = argparse.ArgumentParser(
@@ -246,9 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or check. Returns 0, 1 where --check finds an error over 2e-3, 2 for what cannot be done."""
     options = parser().parse_args(argv)
     try:
-        here = gpu()
-        if here is None:
-            raise EngineError("GroupNorm is measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = measured_on()
         wanted = norms(ModelConfig.load(options.model), Shape(options.height, options.width, options.samples))
         counts = sum(wanted.values(), Counter())
         if options.check or options.sweep:

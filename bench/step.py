@@ -26,12 +26,12 @@ from rich.table import Table
 
 import bench.conv
 from bench.attention import usual_library
-from bench.group_norm import add_shape, graph_us, placed
+from bench.group_norm import add_shape, graph_us, measured_on, placed
 from plugins.call import Attention, GroupNorm, open_library
 from plugins.conv_calls import Conv
 from plugins.cross_calls import Cross
 from plugins.token_calls import Join, JoinNorm
-from runtime.engine import check, cuda_runtime, gpu
+from runtime.engine import check, cuda_runtime
 from runtime.manifest import EngineError
 from runtime.memory import Resources, aligned
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
@@ -263,9 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=Path("step.json"), help="what was measured (%(default)s)")
     options = make.parse_args(argv)
     try:
-        here = gpu()
-        if here is None:
-            raise EngineError("kernels are measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = measured_on()
         shape = Shape(options.height, options.width, options.samples)
         libraries = options.libraries or [usual_library()]
         rows = measure(libraries, ModelConfig.load(options.model), shape, options.rounds, options.replays)
