@@ -23,15 +23,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.group_norm import LAUNCHES, add_shape, graph_us
+from bench.group_norm import LAUNCHES, add_shape, graph_us, measured_on, placed
 from plugins.call import Attention, GroupNorm, OnGpu, attention_on_gpu, error, group_norm_on_gpu, open_library
 from plugins.load import PluginError, library_path
 from plugins.token_calls import Geglu, Join, JoinNorm, LayerNorm, Sum, join_norm_on_gpu, tokens_on_gpu
-from runtime.engine import gpu
-from runtime.manifest import EngineError
-from trt_builder.config import Block, Layer, ModelConfig, Shape, UNetConfig
-
-Size = tuple[int, int, int]  # batch, h, w
+from trt_builder.config import Block, ModelConfig, Shape, UNetConfig
 
 TOLERANCE = 2e-3
 MOST_WARPGROUPS, MOST_CLUSTER = 3, 8  # of a block and of blocks that share keys, in attention/hopper.cuh
@@ -40,43 +36,25 @@ MOST_WARPGROUPS, MOST_CLUSTER = 3, 8  # of a block and of blocks that share keys
 def attentions(config: ModelConfig, shape: Shape) -> Counter[Attention]:
     """How often each attention occurs in a step."""
     found: Counter[Attention] = Counter()
-    deepest = max(config.unet.scales)
-    for unet, blocks, scale, batch in (
-        (config.control, config.control.encoder_blocks, 1, shape.samples),
-        (config.unet, config.unet.encoder_blocks, 1, shape.samples),
-        (config.unet, config.unet.output_blocks, deepest, shape.batch),
+    for unet, blocks in (
+        (config.control, config.control.encoder_blocks),
+        (config.unet, config.unet.encoder_blocks),
+        (config.unet, config.unet.output_blocks),
     ):
-        found.update(of_blocks(unet, blocks, shape, scale, batch, config.clip.max_length))
+        found.update(of_blocks(unet, blocks, shape, config.clip.max_length))
     return found
 
 
-def of_blocks(
-    config: UNetConfig, blocks: Sequence[Block], shape: Shape, scale: int, batch: int, words: int
-) -> Iterator[Attention]:
-    """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order."""
+def of_blocks(config: UNetConfig, blocks: Sequence[Block], shape: Shape, words: int) -> Iterator[Attention]:
+    """Those of the encoder's or the output blocks, in order."""
     heads = config.num_heads
-    for layer, (rows, h, w), _ in placed(blocks, shape, scale, batch):
+    for layer, (rows, h, w), _ in placed(config, blocks, shape):
         if layer.kind == "transformer":
             tokens, width = h * w, layer.channels // heads
             for _ in range(config.transformer_depth):
                 yield Attention(rows, heads, tokens, tokens, width, joined=True)
                 repeat, rows = shape.batch // rows, shape.batch  # cond and uncond part here
                 yield Attention(rows, heads, tokens, words, width, repeat=repeat)
-
-
-def placed(blocks: Sequence[Block], shape: Shape, scale: int, batch: int) -> Iterator[tuple[Layer, Size, Size]]:
-    """Each layer of such blocks with the size of the map that it gets, and of the one that it makes, in order."""
-    made = batch, -(-shape.h // scale), -(-shape.w // scale)
-    for layer in (layer for block in blocks for layer in block):
-        given = made
-        if layer.kind == "transformer":
-            batch = shape.batch
-        elif layer.kind == "down":
-            scale *= 2
-        elif layer.kind == "up":
-            scale //= 2
-        made = batch, -(-shape.h // scale), -(-shape.w // scale)
-        yield layer, given, made
 
 
 def between(counts: Counter[Attention]) -> Counter[LayerNorm | Geglu]:
@@ -98,12 +76,12 @@ def residuals(config: ModelConfig, shape: Shape) -> Counter[Sum | Join]:
     """
     found: Counter[Sum | Join] = Counter()
     for unet in (config.control, config.unet):
-        for layer, (batch, h, w), _ in placed(unet.encoder_blocks, shape, 1, shape.samples):
+        for layer, (batch, h, w), _ in placed(unet, unet.encoder_blocks, shape):
             if layer.kind == "res" and layer.channels == layer.out_channels:
                 found[Sum(batch * h * w, layer.channels)] += 1
     skips, blocks = config.unet.channels, config.unet.output_blocks
     ours = {block[0].prefix: skip for block, skip in zip(blocks, reversed(skips), strict=True)}
-    for layer, (batch, h, w), _ in placed(blocks, shape, max(config.unet.scales), shape.batch):
+    for layer, (batch, h, w), _ in placed(config.unet, blocks, shape):
         if layer.prefix in ours:
             skip = ours[layer.prefix]
             # The first one's x is the middle block's output, which has a residual.
@@ -179,9 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=Path("attention.json"), help="what was measured (%(default)s)")
     options = make.parse_args(argv)
     try:
-        here = gpu()
-        if here is None:
-            raise EngineError("attention is measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = measured_on()
         model, shape = ModelConfig.load(options.model), Shape(options.height, options.width, options.samples)
         counts = attentions(model, shape)
         others = [*between(counts).items(), *residuals(model, shape).items()]

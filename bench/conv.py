@@ -27,15 +27,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.attention import placed, usual_library
-from bench.group_norm import add_shape, graph_us, plan_of, plan_us
+from bench.attention import usual_library
+from bench.group_norm import Size, add_shape, graph_us, measured_on, placed, plan_of, plan_us
 from plugins.call import OnGpu, error, open_library
 from plugins.conv_calls import Conv, conv_on_gpu
 from plugins.cross_calls import Cross, scores, values
 from plugins.load import CONV_ROWS, has_conv_kernel
-from runtime.engine import check, cuda_runtime, gpu
-from runtime.manifest import EngineError
-from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
+from runtime.engine import check, cuda_runtime
+from trt_builder.config import Block, Layer, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, conv
 from trt_builder.plugin_layers import conv_wins, cross_fits
@@ -56,9 +55,9 @@ def convolutions(config: ModelConfig, shape: Shape, options: Options = Options()
     whether two that are added, or a product and its gate, are one launch of ours.
     """
     unet, control, words = config.unet, config.control, config.clip.max_length
-    found = Counter(of_blocks(control, control.encoder_blocks, shape, options, 1, shape.samples, words, outputs=True))
-    found.update(of_blocks(unet, unet.encoder_blocks, shape, options, 1, shape.samples, words))
-    found.update(of_blocks(unet, unet.output_blocks, shape, options, max(unet.scales), shape.batch, words))
+    found = Counter(of_blocks(control, control.encoder_blocks, shape, options, words, outputs=True))
+    found.update(of_blocks(unet, unet.encoder_blocks, shape, options, words))
+    found.update(of_blocks(unet, unet.output_blocks, shape, options, words))
     return found
 
 
@@ -67,31 +66,44 @@ def of_blocks(
     blocks: Sequence[Block],
     shape: Shape,
     options: Options,
-    scale: int,
-    batch: int,
     words: int,
     outputs: bool = False,
 ) -> Iterator[Conv]:
-    """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order, as trt_builder/unet.py
-    has them, texts being so many words; with the one of each of ControlNet's `outputs`.
+    """Those of the encoder's or the output blocks, in order, as trt_builder/unet.py has them, texts being so many
+    words; with the one of each of ControlNet's `outputs`.
     """
     ends = {block[-1].prefix for block in blocks}
-    for layer, given, made in placed(blocks, shape, scale, batch):
-        (rows, h, w), c, d = given, layer.channels, layer.out_channels
-        if layer.kind == "res":
-            yield Conv(rows, c, h, w, d)
-            last = Conv(rows, d, h, w, d, residual_batch=rows)
-            yield from [last] if c == d else of_both(last, Conv(rows, c, h, w, d, 1), 0, options)
-        elif layer.kind == "transformer":
-            yield from of_transformer(Conv(rows, c, h, w, c, 1), options, shape.batch, config, words)
-        elif layer.kind == "down":
-            yield Conv(rows, c, h, w, d, stride=2)
-        else:
-            doubled = Conv(rows, c, h, w, d, up=True)
-            yield doubled if is_ours(doubled, options) else Conv(rows, c, *made[1:], d)
+    for layer, given, made in placed(config, blocks, shape):
+        yield from of_layer(config, layer, given, made, shape.batch, options, words)
         if outputs and layer.prefix in ends:
-            repeated = layer.kind == "conv" and options.residual == "own"  # by the plugin that makes it
-            yield Conv(shape.batch if repeated else made[0], d, *made[1:], d, 1)
+            yield output_of(layer, made, shape.batch, options)
+
+
+def of_layer(
+    config: UNetConfig, layer: Layer, given: Size, made: Size, batch: int, options: Options, words: int
+) -> Iterator[Conv]:
+    """Those of a layer that gets a map of one size and makes one of the other; cond and uncond are `batch`."""
+    (rows, h, w), c, d = given, layer.channels, layer.out_channels
+    if layer.kind == "res":
+        yield Conv(rows, c, h, w, d)
+        last = Conv(rows, d, h, w, d, residual_batch=rows)
+        yield from [last] if c == d else of_both(last, Conv(rows, c, h, w, d, 1), 0, options)
+    elif layer.kind == "transformer":
+        yield from of_transformer(Conv(rows, c, h, w, c, 1), options, batch, config, words)
+    elif layer.kind == "down":
+        yield Conv(rows, c, h, w, d, stride=2)
+    else:
+        doubled = Conv(rows, c, h, w, d, up=True)
+        yield doubled if is_ours(doubled, options) else Conv(rows, c, *made[1:], d)
+
+
+def output_of(layer: Layer, made: Size, batch: int, options: Options) -> Conv:
+    """ControlNet's 1×1 one behind a block, whose last layer makes a map of this size, or one that is repeated to all of
+    the batch.
+    """
+    (rows, h, w), d = made, layer.out_channels
+    repeated = layer.kind == "conv" and options.residual == "own"  # by the plugin that makes it
+    return Conv(batch if repeated else rows, d, h, w, d, 1)
 
 
 def of_transformer(plain: Conv, options: Options, batch: int, config: UNetConfig, words: int) -> Iterator[Conv]:
@@ -290,9 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=Path("conv.json"), help="what was measured (%(default)s)")
     options = make.parse_args(argv)
     try:
-        here = gpu()
-        if here is None and not options.plan:
-            raise EngineError("convolutions are measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = None if options.plan else measured_on()
         shape = Shape(options.height, options.width, options.samples)
         library = open_library(options.library or usual_library())
         switches = Options(
@@ -307,11 +317,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             flavour = get_flavour("tensorrt") if options.builtin else None
             rows = list(measured(library, flavour, counts, options.replays, options.sweep))
-    except (ValueError, OSError, EngineError) as why:
+    except (ValueError, OSError) as why:
         print(f"bench.conv: {why}", file=sys.stderr)
         return 2
-    if not options.plan:
-        found = {"gpu": here.name if here else None, "rows": rows}
+    if here:
+        found = {"gpu": here.name, "rows": rows}
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     Console(width=140).print(table(here.name if here else "H200, predicted", rows))
     return 0

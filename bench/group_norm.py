@@ -27,9 +27,9 @@ from rich.table import Table
 
 from plugins.call import GroupNorm, error, group_norm_on_gpu, open_library, plan
 from plugins.load import LIB, Library, find, library_path
-from runtime.engine import Engine, check, cuda_runtime, gpu
+from runtime.engine import Engine, Gpu, check, cuda_runtime, gpu
 from runtime.manifest import EngineError
-from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig, VAEConfig
+from trt_builder.config import Block, Layer, ModelConfig, Options, Shape, UNetConfig, VAEConfig
 from trt_builder.flavour import Flavour, get_flavour
 from trt_builder.layers import Net, group_norm
 from trt_builder.weights import Weights
@@ -40,6 +40,7 @@ LAUNCH_US = 2.0
 COPIED = 1 << 29  # bytes
 TOLERANCE = 2e-3
 Times = dict[str, float | None]
+Size = tuple[int, int, int]  # batch, h, w
 
 
 # -- which there are --------------------------------------------------------------------------------------------------
@@ -47,35 +48,40 @@ Times = dict[str, float | None]
 
 def norms(config: ModelConfig, shape: Shape) -> dict[str, Counter[GroupNorm]]:
     """How often each GroupNorm occurs in each stage that has any."""
-    samples, rows = shape.samples, shape.batch
-    deepest = max(config.unet.scales)
     return {
-        "control": Counter(unet_norms(config.control, config.control.encoder_blocks, shape, 1, samples)),
-        "unet_encoder": Counter(unet_norms(config.unet, config.unet.encoder_blocks, shape, 1, samples)),
-        "unet_decoder": Counter(unet_norms(config.unet, config.unet.output_blocks, shape, deepest, rows)),
+        "control": Counter(unet_norms(config.control, config.control.encoder_blocks, shape)),
+        "unet_encoder": Counter(unet_norms(config.unet, config.unet.encoder_blocks, shape)),
+        "unet_decoder": Counter(unet_norms(config.unet, config.unet.output_blocks, shape)),
         "vae_decoder": Counter(vae_norms(config.vae, shape)),
     }
 
 
-def unet_norms(
-    config: UNetConfig, blocks: Sequence[Block], shape: Shape, scale: int, batch: int
-) -> Iterator[GroupNorm]:
-    """Those of blocks that begin at 1/scale of the latent's size and with this batch, in order."""
-    for block in blocks:
-        for layer in block:
-            h, w = -(-shape.h // scale), -(-shape.w // scale)
-            if layer.kind == "res":
-                yield GroupNorm(batch, layer.channels, h, w)
-                yield GroupNorm(batch, layer.out_channels, h, w, row_batch=1)
-            elif layer.kind == "transformer":
-                yield GroupNorm(batch, layer.channels, h, w, epsilon=1e-6, silu=False)
-                batch = shape.batch  # cond and uncond part here
-            elif layer.kind == "down":
-                scale *= 2
-            elif layer.kind == "up":
-                scale //= 2
+def placed(config: UNetConfig, blocks: Sequence[Block], shape: Shape) -> Iterator[tuple[Layer, Size, Size]]:
+    """Each layer of the encoder's or the output blocks with the size of the map that it gets, and of the one that it
+    makes, in order.
+    """
+
+    def size(batch: int, scale: int) -> Size:
+        return batch, -(-shape.h // scale), -(-shape.w // scale)
+
+    batch = shape.batch if blocks == config.output_blocks else shape.samples
+    for layer, scale, after in config.walk(blocks):
+        given = size(batch, scale)
+        if layer.kind == "transformer":
+            batch = shape.batch  # cond and uncond part here
+        yield layer, given, size(batch, after)
+
+
+def unet_norms(config: UNetConfig, blocks: Sequence[Block], shape: Shape) -> Iterator[GroupNorm]:
+    """Those of the encoder's or the output blocks, in order."""
+    for layer, (batch, h, w), _ in placed(config, blocks, shape):
+        if layer.kind == "res":
+            yield GroupNorm(batch, layer.channels, h, w)
+            yield GroupNorm(batch, layer.out_channels, h, w, row_batch=1)
+        elif layer.kind == "transformer":
+            yield GroupNorm(batch, layer.channels, h, w, epsilon=1e-6, silu=False)
     if blocks == config.output_blocks:
-        yield GroupNorm(batch, blocks[-1][-1].out_channels, shape.h, shape.w)
+        yield GroupNorm(shape.batch, blocks[-1][-1].out_channels, shape.h, shape.w)
 
 
 def vae_norms(config: VAEConfig, shape: Shape) -> Iterator[GroupNorm]:
@@ -219,6 +225,14 @@ def add_shape(make: argparse.ArgumentParser) -> None:
         make.add_argument(f"--{name}", type=int, default=usual, help="(%(default)s)")
 
 
+def measured_on() -> Gpu:
+    """The GPU that kernels are measured on; raises EngineError where there is none."""
+    here = gpu()
+    if here is None:
+        raise EngineError("kernels are measured on an NVIDIA GPU, and cuda-python sees none here.")
+    return here
+
+
 def parser() -> argparse.ArgumentParser:
     """Every option."""
     make = argparse.ArgumentParser(
@@ -240,9 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or check. Returns 0, 1 where --check finds an error over 2e-3, 2 for what cannot be done."""
     options = parser().parse_args(argv)
     try:
-        here = gpu()
-        if here is None:
-            raise EngineError("GroupNorm is measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = measured_on()
         wanted = norms(ModelConfig.load(options.model), Shape(options.height, options.width, options.samples))
         counts = sum(wanted.values(), Counter())
         if options.check or options.sweep:

@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 import bench.conv
-from bench.attention import placed, usual_library
-from bench.group_norm import add_shape, graph_us
+from bench.attention import usual_library
+from bench.group_norm import add_shape, graph_us, measured_on, placed
 from plugins.call import Attention, GroupNorm, open_library
 from plugins.conv_calls import Conv
 from plugins.cross_calls import Cross
 from plugins.end_calls import First, Last
 from plugins.load import PluginError
 from plugins.token_calls import Join, JoinNorm
-from runtime.engine import check, cuda_runtime, gpu
+from runtime.engine import check, cuda_runtime
 from runtime.manifest import EngineError
 from runtime.memory import Resources, aligned
 from trt_builder.config import Block, ModelConfig, Options, Shape, UNetConfig
@@ -54,32 +54,32 @@ DEVIATION = 0.02  # of weights and maps: sums of thousands of products stay smal
 def kernels(config: ModelConfig, shape: Shape) -> dict[str, list[Kernel]]:
     """Our kernels of each stage, in order."""
     unet, control, words = config.unet, config.control, config.clip.max_length
-    deepest, skips = max(unet.scales), list(reversed(unet.channels))
-    channels, size = unet.output_blocks[-1][-1].out_channels, (shape.h, shape.w)
+    skips, channels, size = list(reversed(unet.channels)), unet.output_blocks[-1][-1].out_channels, (shape.h, shape.w)
     ends: list[Kernel] = [GroupNorm(shape.batch, channels, *size)]
     ends.append(Last(shape.samples, channels, *size, unet.out_channels))
     first = First(shape.samples, unet.in_channels, *size, unet.model_channels, repeat=shape.batch // shape.samples)
-    of_control = of_blocks(control, control.encoder_blocks, shape, 1, shape.samples, words, outputs=True)
+    of_control = of_blocks(control, control.encoder_blocks, shape, words, outputs=True)
     return {
         "control": [replace(first, hint_batch=1), *of_control],
-        "unet_encoder": [first, *of_blocks(unet, unet.encoder_blocks, shape, 1, shape.samples, words)],
-        "unet_decoder": [*of_blocks(unet, unet.output_blocks, shape, deepest, shape.batch, words, skips), *ends],
+        "unet_encoder": [first, *of_blocks(unet, unet.encoder_blocks, shape, words)],
+        "unet_decoder": [*of_blocks(unet, unet.output_blocks, shape, words, skips), *ends],
     }
 
 
 def of_blocks(
-    config: UNetConfig, blocks: Sequence[Block], shape: Shape, scale: int, batch: int, words: int,
-    skips: Sequence[int] = (), outputs: bool = False,
+    config: UNetConfig, blocks: Sequence[Block], shape: Shape, words: int, skips: Sequence[int] = (),
+    outputs: bool = False,
 ) -> Iterator[Kernel]:  # fmt: skip
-    """Those of blocks that begin at 1/scale of the latent's size and with this batch.
+    """Those of the encoder's or the output blocks, in order.
 
     skips: channels of what is joined to each block's x. outputs: with ControlNet's 1×1 convolution behind each block.
     """
     joined = {block[0].prefix: skip for block, skip in zip(blocks, skips, strict=bool(skips))}
     ends = {block[-1].prefix for block in blocks if outputs}
-    for layer, (rows, h, w), _ in placed(blocks, shape, scale, batch):
-        last = layer.prefix in ends
-        convs = bench.conv.of_blocks(config, [(layer,)], shape, OURS, scale, rows, words, outputs=last)
+    for layer, given, after in placed(config, blocks, shape):
+        rows, h, w = given
+        convs = list(bench.conv.of_layer(config, layer, given, after, shape.batch, OURS, words))
+        convs += [bench.conv.output_of(layer, after, shape.batch, OURS)] if layer.prefix in ends else []
         ours: Iterator[Conv | None] = (one if bench.conv.is_ours(one, OURS) else None for one in convs)
         c, skip = layer.channels, joined.get(layer.prefix, 0)
         made: list[Kernel | None]
@@ -98,7 +98,6 @@ def of_blocks(
         else:
             made = list(ours)
         yield from (one for one in made if one is not None)
-        scale = {"down": scale * 2, "up": scale // 2}.get(layer.kind, scale)
 
 
 def attentions(
@@ -283,9 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=Path("step.json"), help="what was measured (%(default)s)")
     options = make.parse_args(argv)
     try:
-        here = gpu()
-        if here is None:
-            raise EngineError("kernels are measured on an NVIDIA GPU, and cuda-python sees none here.")
+        here = measured_on()
         shape = Shape(options.height, options.width, options.samples)
         libraries = options.libraries or [usual_library()]
         rows = measure(libraries, ModelConfig.load(options.model), shape, options.rounds, options.replays)

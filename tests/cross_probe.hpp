@@ -107,7 +107,8 @@ inline void probe_cross(Creator& creator) {
             has(i, single, linear);
             MUST(!fits(scores, 2));
         }
-    for (auto x : {dims({1, 328, 8, 12}), dims({1, 320, 96}), dims({4, 320, 8, 12}), dims({1, 384, 8, 12})}) {
+    for (auto x : {dims({1, 328, 8, 12}), dims({1, 320, 96}), dims({4, 320, 8, 12}), dims({1, 384, 8, 12}),
+                   dims({0, 320, 8, 12})}) {
         maps();
         is(0, x);
         configure(*scores, tensors, false, 2);
@@ -145,7 +146,8 @@ inline void probe_cross(Creator& creator) {
     for (auto x : {dims({2, 704, 8, 12}), dims({4, 640, 8, 12}), dims({2, 640, 8, 11})}) wrong(0, x);
     for (auto text : {dims({2, 5120, 1, 77}), dims({4, 5128, 1, 77}), dims({2, 5128, 1, 81})}) wrong(1, text);
     for (auto bias : {dims({384}), dims({328}), dims({1, 320})}) wrong(2, bias);
-    for (auto rest : {dims({1, 320, 8, 11}), dims({1, 384, 8, 12}), dims({3, 320, 8, 12}), dims({1, 320, 96})})
+    for (auto rest : {dims({1, 320, 8, 11}), dims({1, 384, 8, 12}), dims({3, 320, 8, 12}), dims({1, 320, 96}),
+                      dims({0, 320, 8, 12})})
         wrong(3, rest);
     more();
     is(3, dims({2, 320, 8, 12}));

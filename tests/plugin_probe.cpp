@@ -227,6 +227,10 @@ int main(int, char** arguments) {
     describe(3, dims({1, 320}), half, linear);
     describe(1, dims({319}), single, linear);
     configure(*plugin, tensors, false);
+    describe(0, dims({0, 320, 32, 48}), half, last8);
+    configure(*plugin, tensors, false);
+    describe(0, dims({0, 320, -1, 48}), half, last8);  // whatever its height will be
+    configure(*plugin, tensors, false);
 
     DataType types[] = {half, single, single, half}, made = single;
 #if NV_TENSORRT_MAJOR == 8
@@ -302,6 +306,8 @@ int main(int, char** arguments) {
     cross(1, 2, 77);
     configure(*three, tensors, true, 3);
     cross(2, 3, 77);
+    configure(*three, tensors, false, 3);
+    cross(0, 2, 77);
     configure(*three, tensors, false, 3);
     cross(2, 2, 76);
     configure(*three, tensors, false, 3);
@@ -408,7 +414,8 @@ int main(int, char** arguments) {
     configure(*conv, tensors, true, 4);
     describe(1, dims({5, 18, 64, 64}), single, linear);
     MUST(!build_side(*conv).supportsFormatCombination(1, tensors.data(), 4, 1));
-    for (auto wrong : {std::array<int32_t, 4>{120, 18, 320, 1}, {128, 9, 320, 1}, {128, 18, 384, 1}, {128, 18, 320, 3}}) {
+    for (auto wrong : {std::array<int32_t, 4>{120, 18, 320, 1}, {128, 9, 320, 1}, {128, 18, 384, 1}, {128, 18, 320, 3},
+                       {128, 18, 320, 0}}) {
         filters(wrong[0], wrong[1], wrong[2], wrong[3]);
         configure(*conv, tensors, false, 4);
     }

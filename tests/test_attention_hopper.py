@@ -188,7 +188,7 @@ def test_the_bench_sweeps_every_cut(capsys: pytest.CaptureFixture[str], monkeypa
             raise PluginError("there is no kernel for it")
         return 10.0 - attention.warps + attention.groups
 
-    monkeypatch.setattr(bench, "gpu", lambda: Gpu("fake", "9.0"))
+    monkeypatch.setattr("bench.group_norm.gpu", lambda: Gpu("fake", "9.0"))
     monkeypatch.setattr(bench, "open_library", lambda path: None)
     monkeypatch.setattr(bench, "kernel_us", takes)
     assert bench.main(["--library", "lib.so", "--sweep"]) == 0

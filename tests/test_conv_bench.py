@@ -57,7 +57,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setattr(f"{module}.check", lambda result: result)
         monkeypatch.setattr(f"{module}.cuda_runtime", lambda: cuda)
     monkeypatch.setattr(bench, "graph_us", graph_us)
-    monkeypatch.setattr(bench, "gpu", lambda: Gpu("fake", "9.0"))
+    monkeypatch.setattr("bench.group_norm.gpu", lambda: Gpu("fake", "9.0"))
     monkeypatch.setattr(bench, "open_library", lambda path: call)
     monkeypatch.setattr(bench, "LAUNCHES", 2)
     monkeypatch.setattr(bench, "CACHED", 200_000)

@@ -229,7 +229,7 @@ def test_joins_that_have_no_kernel(emulator: Any, what: JoinNorm) -> None:
     ],
 )
 def test_mistakes_in_joins_show(tmp_path: Path, find: str, put: str) -> None:
-    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, "channels_last.cuh")
+    library = compile_mistaken(tmp_path, KERNELS, SOURCE, find, put, "channels_last.cuh", "-O1 -DEMULATE_JOINS")
     assert not join_errors(library, JoinNorm(Join(2, 9, 40, 88, True)), mean=3.0) < 5e-4
 
 

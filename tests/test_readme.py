@@ -16,6 +16,8 @@ def test_ci_runs_the_readmes_test_command() -> None:
     for step in install.split(" && "):
         wanted = step.replace("pip install ", "").replace("-e ", "")
         assert any(all(word in line for word in wanted.split()) for line in steps), step
+    (options,) = re.findall(r"`(-n [^`]*)` runs the tests in two processes, as CI does", README)
+    assert steps[-1] == f"python -m pytest -q {options}"
 
 
 def test_what_ci_installs_is_pinned_by_hash_and_from_nowhere_in_particular() -> None:

@@ -1,6 +1,7 @@
 """bench.step: which kernels, in which order, and what they are given. Times are taken on a GPU."""
 
 import ctypes
+import importlib
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from bench.attention import attentions
 from bench.conv import convolutions, is_ours
 from bench.group_norm import norms
-from bench.step import MAP, OURS, STAGES, Kernel, Memory, kernels, launches, main
+from bench.step import MAP, OURS, STAGES, Kernel, Memory, kernels, launches
 from plugins.call import Attention, GroupNorm
 from plugins.conv_calls import Conv
 from plugins.cross_calls import Cross, scores, values
@@ -116,8 +117,11 @@ def test_both_halves_of_a_cross_attention_read_one_text() -> None:
     assert at[1] == at[2] == at[0] + plain.weights and at[3] == at[1] + aligned(first.weights)
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.step.gpu", lambda: None)
-    assert main([]) == 2
+@pytest.mark.parametrize("name", ["attention", "conv", "group_norm", "step"])
+def test_without_a_gpu_a_bench_says_so(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.group_norm.gpu", lambda: None)
+    assert importlib.import_module(f"bench.{name}").main([]) == 2
     said = capsys.readouterr().err
-    assert said == "bench.step: kernels are measured on an NVIDIA GPU, and cuda-python sees none here.\n"
+    assert said == f"bench.{name}: kernels are measured on an NVIDIA GPU, and cuda-python sees none here.\n"

@@ -158,7 +158,7 @@ def test_a_step_has_sixteen_sums_and_twelve_skips() -> None:
 def test_the_bench_times_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "gpu", lambda: Gpu("fake", "9.0"))
+    monkeypatch.setattr("bench.group_norm.gpu", lambda: Gpu("fake", "9.0"))
     monkeypatch.setattr(bench, "open_library", lambda path: None)
     monkeypatch.setattr(bench, "kernel_us", lambda library, what, replays: 2.0)
     monkeypatch.setattr(bench, "torch_us", lambda attention, replays: None)

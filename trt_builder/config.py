@@ -6,7 +6,7 @@ Nothing here needs torch or TensorRT. The names of layers and blocks are those o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -113,6 +113,15 @@ class UNetConfig:
     def encoder_blocks(self) -> list[Block]:
         """Input blocks and middle block, in the order in which they run."""
         return [*self.input_blocks, self.middle_block]
+
+    def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[Layer, int, int]]:
+        """Each layer of the encoder's or the output blocks, in order, with by what the map that it gets and the one
+        that it makes are smaller than the latent.
+        """
+        scale = self.scales[-1] if blocks == self.output_blocks else 1
+        for layer in (layer for block in blocks for layer in block):
+            given, scale = scale, {"down": scale * 2, "up": scale // 2}.get(layer.kind, scale)
+            yield layer, given, scale
 
     def _block(self, part: str, index: int, layers: list[tuple[Kind, int, int]]) -> Block:
         return tuple(Layer(f"{self.prefix}{part}.{index}.{i}", *layer) for i, layer in enumerate(layers))

@@ -41,12 +41,11 @@ class CrossAttention:
 def cross_attentions(config: ModelConfig, stage: str) -> list[CrossAttention]:
     """Those of a stage, in the order in which they run."""
     unet = config.control if stage == "control" else config.unet
-    found, scale = list[CrossAttention](), unet.scales[-1] if stage == "unet_decoder" else 1
-    for layer in (layer for block in config.consumers()[stage] for layer in block):
+    found = list[CrossAttention]()
+    for layer, scale, _ in unet.walk(config.consumers()[stage]):
         if layer.kind == "transformer":
             blocks = [f"{layer.prefix}.transformer_blocks.{i}" for i in range(unet.transformer_depth)]
             found += [CrossAttention(block, layer.channels, unet.num_heads, scale) for block in blocks]
-        scale = {"down": scale * 2, "up": scale // 2}.get(layer.kind, scale)
     return found
 
 

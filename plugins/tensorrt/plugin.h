@@ -149,12 +149,23 @@ inline bool known(const nvinfer1::PluginTensorDesc* tensors, int32_t count) {
     return true;
 }
 
+// "its input 1 of 3 is empty, but no dimension may be 0"; empty where none is. Checks of shapes divide by them.
+inline std::string no_numbers(const nvinfer1::PluginTensorDesc* tensors, int32_t count) {
+    for (int32_t i = 0; i < count; i++)
+        for (int32_t k = 0; k < tensors[i].dims.nbDims; k++)
+            if (tensors[i].dims.d[k] == 0)
+                return "its input " + std::to_string(i + 1) + " of " + std::to_string(count) +
+                       " is empty, but no dimension may be 0";
+    return "";
+}
+
 // What is wrong with the inputs; empty where nothing is or not all dimensions are known yet.
 template <typename Op>
 std::string input_fault(const typename Op::Fields& fields, const nvinfer1::PluginTensorDesc* in, int32_t count) {
     if (count != Op::inputs(fields))
         return "it has " + std::to_string(count) + " inputs, but must have " + std::to_string(Op::inputs(fields));
-    return known(in, count) ? Op::shape_fault(fields, in) : "";
+    std::string wrong = no_numbers(in, count);
+    return wrong.empty() && known(in, count) ? Op::shape_fault(fields, in) : wrong;
 }
 
 // Whether tensor `pos` may have its type and format, those before it having theirs; the outputs are the last.

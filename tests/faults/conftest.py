@@ -1,4 +1,7 @@
-"""Faults are counted, and the table of what was injected, survived and said is printed at the end of a test run."""
+"""Faults are counted, and the table of what was injected, survived and said is printed at the end of a test run.
+
+Of a run in one process: those that `-n` starts print nothing.
+"""
 
 import re
 from collections import Counter
