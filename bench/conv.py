@@ -36,7 +36,8 @@ from plugins.load import CONV_ROWS, has_conv_kernel
 from runtime.engine import check, cuda_runtime
 from trt_builder.config import Block, Layer, ModelConfig, Options, Shape, UNetConfig
 from trt_builder.flavour import Flavour, get_flavour
-from trt_builder.layers import Net, conv
+from trt_builder.layers import conv
+from trt_builder.net import Net
 from trt_builder.plugin_layers import conv_wins, cross_fits
 from trt_builder.weights import Weights
 

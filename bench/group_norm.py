@@ -31,7 +31,8 @@ from runtime.engine import Engine, Gpu, check, cuda_runtime, gpu
 from runtime.manifest import EngineError
 from trt_builder.config import Block, Layer, ModelConfig, Options, Shape, UNetConfig, VAEConfig
 from trt_builder.flavour import Flavour, get_flavour
-from trt_builder.layers import Net, group_norm
+from trt_builder.layers import group_norm
+from trt_builder.net import Net
 from trt_builder.weights import Weights
 
 WAYS = ("kernel", "overlap", "own", "builtin", "native")

@@ -23,7 +23,7 @@ from plugins.load import fold_norm, text_columns  # noqa: E402
 from trt_builder.clip import has_own_encoder  # noqa: E402
 from trt_builder.config import CLIPConfig, ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import Flavour, get_flavour  # noqa: E402
-from trt_builder.layers import Net  # noqa: E402
+from trt_builder.net import Net  # noqa: E402
 from trt_builder.text import folded_texts  # noqa: E402
 from trt_builder.unet import one_after_the_other  # noqa: E402
 from trt_builder.weights import Weights  # noqa: E402

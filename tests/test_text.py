@@ -20,7 +20,7 @@ from runtime.session import buffer_name
 from trt_builder import build as building
 from trt_builder import plugin_layers, text, verify
 from trt_builder.config import ModelConfig, Options, Shape
-from trt_builder.layers import Net
+from trt_builder.net import Net
 from trt_builder.plugin_layers import FlavourError, PluginLayers, cross_fits
 from trt_builder.text import cross_attentions, folded_texts, text_weight
 from trt_builder.verify import FOLDED, case, input_shapes, of_engine, random_inputs, stored_reference

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plugins.load import ATTENTION
-from trt_builder.layers import Net, add, chunk, layer_norm, linear, linear_after, match_batch, mul, own, reshape, scalar
+from trt_builder.layers import add, chunk, layer_norm, linear, linear_after, match_batch, mul, own, reshape, scalar
+from trt_builder.net import Net
 
 if TYPE_CHECKING:
     import tensorrt as trt

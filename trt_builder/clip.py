@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from trt_builder.attention import attention_over_itself
 from trt_builder.config import CLIPConfig
-from trt_builder.layers import Net, add, embedding, layer_norm, linear, linear_after, quick_gelu, reshape
+from trt_builder.layers import add, embedding, layer_norm, linear, linear_after, quick_gelu, reshape
+from trt_builder.net import Net
 
 if TYPE_CHECKING:
     import tensorrt as trt

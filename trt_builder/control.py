@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from trt_builder.config import UNetConfig
-from trt_builder.layers import Net, conv
+from trt_builder.layers import conv
+from trt_builder.net import Net
 from trt_builder.unet import first_block, run_block
 
 if TYPE_CHECKING:

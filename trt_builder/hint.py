@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trt_builder.config import ModelConfig
-from trt_builder.layers import Net, conv, silu
+from trt_builder.layers import conv, silu
+from trt_builder.net import Net
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -6,18 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from plugins.load import JOIN, JOIN_NORM
-from trt_builder.layers import (
-    GROUP_NORM_EPSILON,
-    GROUPS,
-    Net,
-    chunk,
-    concat,
-    mul,
-    own,
-    own_outputs,
-    reshape,
-    scale_and_bias,
-)
+from trt_builder.layers import GROUP_NORM_EPSILON, GROUPS, chunk, concat, mul, own, own_outputs, reshape, scale_and_bias
+from trt_builder.net import Net
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -23,7 +23,6 @@ from trt_builder.flavour import Flavour
 from trt_builder.hint import hint_block
 from trt_builder.joins import join, own_join, scale_rows
 from trt_builder.layers import (
-    Net,
     add,
     chunk,
     clamp,
@@ -38,6 +37,7 @@ from trt_builder.layers import (
     silu,
     sub,
 )
+from trt_builder.net import Net
 from trt_builder.text import CrossAttention, as_map, cross_attentions, text_map
 from trt_builder.time import embed_time, time_rows
 from trt_builder.unet import decode, encode

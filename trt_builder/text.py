@@ -15,7 +15,8 @@ import numpy as np
 
 from plugins.load import CROSS, text_columns
 from trt_builder.config import ModelConfig, Shape
-from trt_builder.layers import LAYER_NORM_EPSILON, Net, own, own_conv, reshape, takes_own_conv
+from trt_builder.layers import LAYER_NORM_EPSILON, own, own_conv, reshape, takes_own_conv
+from trt_builder.net import Net
 from trt_builder.plugin_layers import cross_fits
 
 if TYPE_CHECKING:

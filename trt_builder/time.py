@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trt_builder.config import Layer, UNetConfig
-from trt_builder.layers import Net, concat, linear, mul, reshape, silu, unary
+from trt_builder.layers import concat, linear, mul, reshape, silu, unary
+from trt_builder.net import Net
 
 if TYPE_CHECKING:
     import tensorrt as trt

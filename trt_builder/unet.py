@@ -11,7 +11,6 @@ from plugins.load import FIRST, GEGLU, first_blocks
 from trt_builder.attention import attention, attention_over_itself
 from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
-    Net,
     add,
     chunk,
     conv,
@@ -28,6 +27,7 @@ from trt_builder.layers import (
     takes_own_conv,
     upsample,
 )
+from trt_builder.net import Net
 from trt_builder.text import folded_attention
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from trt_builder.attention import attention
 from trt_builder.config import VAEConfig
-from trt_builder.layers import Net, conv, group_norm, reshape, residual_conv, upsample
+from trt_builder.layers import conv, group_norm, reshape, residual_conv, upsample
+from trt_builder.net import Net
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -13,7 +13,8 @@ from plugins.token_calls import Join, JoinNorm
 from runtime.engine import Engine, gpu
 from trt_builder.config import Options
 from trt_builder.flavour import Flavour, FlavourError, get_flavour
-from trt_builder.layers import Net, own_outputs
+from trt_builder.layers import own_outputs
+from trt_builder.net import Net
 from trt_builder.weights import Weights
 
 pytestmark = pytest.mark.skipif(gpu() is None, reason="cuda-python sees no NVIDIA GPU")
