@@ -42,7 +42,7 @@ struct Plan {
     size_t workspace = 0;   // bytes
 };
 
-constexpr int32_t kBatchesHalf = 6, kBatchesFloat = 4;  // most vectors of a thread that stay in registers
+constexpr int32_t kBatchesHalf = 8, kBatchesFloat = 4;  // most vectors of a thread that stay in registers
 constexpr int32_t kThreads = 512, kThreadsPerChannel = 256, kLinearThreads = 512;
 constexpr int32_t kSlices = 128,
                   kBlocks = 264;                // two launches: most slices, and how many blocks fill a large GPU twice
@@ -84,13 +84,14 @@ inline void set_block(Plan& plan, const Shape& shape) {
     plan.by_warps = inverse(plan.warps_a_group);
 }
 
-// The plan of one launch, of `slices` blocks in a cluster.
-inline Plan plan_one_launch(const Shape& shape, int32_t slices) {
+// The plan of one launch, of `slices` blocks in a cluster and tiles of at least `bytes`: usually two sectors of 32, so that
+// few are read by two blocks.
+inline Plan plan_one_launch(const Shape& shape, int32_t slices, int32_t bytes = 64) {
     Plan plan;
     plan.path = Path::kOneLaunch;
     plan.pitch = ceil_div(shape.channels, 8) * 8;
     plan.slices = slices;
-    set_tile(plan, shape, 64);  // two sectors of 32 bytes, so that few are read by two blocks
+    set_tile(plan, shape, bytes);
     if (plan.lanes) set_block(plan, shape);
     return plan;
 }
@@ -149,10 +150,10 @@ inline Plan make_plan(const Shape& shape, int32_t max_cluster, int32_t force = 0
         if (plan.batches <= 2) break;
     }
     // A last few clusters that find no place take as long as all the others: better fewer blocks with more each.
-    for (int32_t slices : {5, 3}) {
+    for (int32_t slices : {6, 5, 3}) {
         bool late = chosen.path != Path::kNone && plan_turns(chosen, shape.batch) == 2 && !force;
         if (slices > max_cluster || slices > shape.positions || (!late && force != slices)) continue;
-        Plan plan = plan_one_launch(shape, slices);
+        Plan plan = plan_one_launch(shape, slices, late ? 128 : 64);
         if (plan.batches <= most && (force || plan_turns(plan, shape.batch) == 1)) chosen = plan;
     }
     // Tiles of half a line are slow to read where there are few blocks; then the map is rather read twice.
