@@ -206,6 +206,17 @@ def up_phases(weight: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
         return exact.reshape(-1, *exact.shape[3:]).astype(dtype)
 
 
+def up_taps(weight: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+    """The same as one transposed convolution of stride 2 within a border of one: (C, D, 4, 4)."""
+    filters, channels = weight.shape[:2]
+    phases = up_phases(weight, dtype).reshape(2, 2, filters, channels, 2, 2)
+    # Even lines have taps 3 and 1 of its four, odd ones 2 and 0.
+    taps = np.empty((channels, filters, 4, 4), dtype)
+    for line, column in np.ndindex(2, 2):
+        taps[:, :, 3 - line :: -2, 3 - column :: -2] = phases[line, column].swapaxes(0, 1)
+    return taps
+
+
 def has_end_kernels(latent: int, channels: int) -> bool:
     """Whether ends/ does convolutions between a latent and a map of so many channels."""
     return latent <= LATENT_CHANNELS and not channels % 8

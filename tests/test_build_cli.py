@@ -262,6 +262,7 @@ def test_our_plugins_are_the_usual_choice_where_they_were_measured_to_win(tmp_pa
         made = cli.switches(cli.parser().parse_args(["build", *asked]), flavour, capability)
         folds = made.attention == made.conv == "own" and "apart" not in asked
         assert made.layer_norm == made.cross_attention == ("folded" if folds else "apart")
+        assert made.upsample == ("folded" if made.residual == "own" else "apart")
         return made.attention, made.residual, made.group_norm, made.conv
 
     assert chosen("9.0") == ("own",) * 4 and chosen("8.6") == ("own", "own", "own", "builtin")

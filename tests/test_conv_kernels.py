@@ -12,7 +12,7 @@ from conv_emulated import compiled, emulate, is_finite_of_equal_numbers, slow_un
 from bench.conv import convolutions
 from plugins.call import error
 from plugins.conv_calls import Conv
-from plugins.load import has_conv_kernel, up_phases
+from plugins.load import has_conv_kernel, up_phases, up_taps
 from trt_builder.config import ModelConfig, Options, Shape
 
 SHAPES = [
@@ -243,6 +243,9 @@ def test_phases_of_a_doubled_map_are_pytorchs() -> None:
     for line, column in product((0, 1), (0, 1)):
         part = y[:, line, column, :, line : line + 5, column : column + 7]
         torch.testing.assert_close(part, expected[:, :, line::2, column::2], atol=1e-6, rtol=0)
+    taps = torch.from_numpy(up_taps(weight.numpy(), np.float64))
+    transposed = torch.nn.functional.conv_transpose2d(x, taps, stride=2, padding=1)
+    torch.testing.assert_close(transposed, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("changes", [{"second": 64}, {"stride": 2}, {"size": 1}, {"residual_batch": 1}], ids=str)

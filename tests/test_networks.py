@@ -213,6 +213,14 @@ def test_one_switch(stage: str, switch: Mapping[str, Any]) -> None:
     check(stage, "tiny", SMALL, Options("fp32", **switch))
 
 
+@pytest.mark.parametrize("stage", ["unet_decoder", "vae_decoder"])
+def test_upsampling_in_a_transposed_convolution(stage: str) -> None:
+    check(stage, "tiny", SMALL, Options("fp32", upsample="folded"))
+    defined = Defined(stage, "tiny", SMALL, Options("fp32", upsample="folded"), arrays("tiny"))
+    kinds = [layer.type.name for layer in defined.layers]
+    assert "DECONVOLUTION" in kinds and "RESIZE" not in kinds
+
+
 def test_switches_change_the_network() -> None:
     def counts(options: Options) -> tuple[int, int, int]:
         defined = Defined("unet_encoder", "tiny", SMALL, options, arrays("tiny"))

@@ -83,8 +83,8 @@ def parser() -> Parser:
     add("--residual", choices=("auto", "fused", "own"), default="auto", help="of ResBlocks (%(default)s)")
     add("--group-norm", choices=("auto", "own", "builtin", "native"), default="auto", help="(%(default)s)")
     add("--conv", choices=("auto", "builtin", "own"), default="auto", help="of small maps (%(default)s)")
-    add("--layer-norm", choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
-    add("--cross-attention", choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
+    for name in ("--layer-norm", "--cross-attention", "--upsample"):
+        add(name, choices=("auto", "apart", "folded"), default="auto", help="(%(default)s)")
     add("--output", type=Path, default=Path("engines"), help="the engine folder is made in here (%(default)s)")
 
     add = commands.add_parser(
@@ -230,7 +230,7 @@ def switches(options: argparse.Namespace, flavour: Flavour, capability: str | No
     return Options(
         options.precision, attention, options.qkv, not options.no_shared_prefix, options.boundary,
         usual(options.residual, "fused"), usual(options.group_norm, "auto"), conv, layer_norm,
-        layer_norm if options.cross_attention == "auto" else options.cross_attention,
+        usual(options.cross_attention, layer_norm, wins=False), usual(options.upsample, "apart", ours="folded"),
     )  # fmt: skip
 
 

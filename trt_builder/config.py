@@ -364,6 +364,8 @@ class Options:
     layer_norm: "apart", or "folded" into the linear layers behind it where these all are convolutions of ours.
     cross_attention: "apart", over K and V of the text, or "folded": the stage `clip` multiplies the text by all linear
         layers around it, where our plugins do the rest in two launches.
+    upsample: nearest neighbours and the convolution of them "apart", or "folded" into one transposed convolution by
+        sums of its taps; where the convolution is ours they are always one.
     """
 
     precision: Literal["fp16", "fp32"] = "fp16"
@@ -376,6 +378,7 @@ class Options:
     conv: Literal["builtin", "own"] = "builtin"
     layer_norm: Literal["apart", "folded"] = "apart"
     cross_attention: Literal["apart", "folded"] = "apart"
+    upsample: Literal["apart", "folded"] = "apart"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Options).items():

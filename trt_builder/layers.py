@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plugins.load import ADD, CONV, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm, up_phases
+from plugins.load import ADD, CONV, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm, up_phases, up_taps
 from trt_builder.net import Net
 
 if TYPE_CHECKING:
@@ -320,6 +320,11 @@ def upsample(net: Net, x: trt.ITensor) -> trt.ITensor:
     if takes_own_conv(after, x, after.shape(), up=True):
         exact = after.float32()
         return own_conv(after, x, exact.weight(), exact.weight("bias"), up=True)
+    if net.options.upsample == "folded":
+        weight = net.weights.keep(up_taps(after.float32().weight(), net.dtype))
+        layer = net.network.add_deconvolution_nd(x, weight.shape[1], (4, 4), weight, after.weight("bias"))
+        layer.stride_nd, layer.padding_nd = (2, 2), (1, 1)
+        return after.add(layer)
     layer = net.network.add_resize(x)
     layer.resize_mode, layer.scales = net.api.InterpolationMode.NEAREST, (1, 1, 2, 2)
     return conv(after, net.add(layer, "nearest"))

@@ -71,6 +71,19 @@ def convolution(layer: Layer, xs: list[Tensor]) -> Tensor:
     return conv(padded, kernel, bias, tuple(layer.stride_nd), 0, tuple(layer.dilation_nd), groups)
 
 
+@handles("DECONVOLUTION", "IDeconvolutionLayer")
+def deconvolution(layer: Layer, xs: list[Tensor]) -> Tensor:
+    check_inputs(layer, xs, 1)
+    if layer.padding_mode.name != "EXPLICIT_ROUND_DOWN" or tuple(layer.pre_padding) != tuple(layer.post_padding):
+        refuse(layer, "its padding")
+    (x,) = xs
+    out, groups = layer.num_output_maps, layer.num_groups
+    kernel = weights_of(layer.kernel, (x.shape[1], out // groups, *layer.kernel_size_nd), x)
+    bias = weights_of(layer.bias, (out,), x) if layer.bias.size else None
+    padding, dilation = tuple(layer.pre_padding), tuple(layer.dilation_nd)
+    return F.conv_transpose2d(x, kernel, bias, tuple(layer.stride_nd), padding, 0, groups, dilation)
+
+
 @handles("MATRIX_MULTIPLY", "IMatrixMultiplyLayer")
 def matrix_multiply(layer: Layer, xs: list[Tensor]) -> Tensor:
     a, b = xs
