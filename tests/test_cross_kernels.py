@@ -213,15 +213,16 @@ NEXT_ROW = "y += 8 * p.call.filters;\n            "
 NEXT_SUMS = "x = moments.x[1], squares = moments.squares[1];\n#pragma unroll\n            for (float(&four)[4] : sums) "
 MOST, TOTAL = "mask *= 2) most = ", "mask *= 2) total += "
 BOTH_MISTAKES = [
-    ("first_row += image * (each - p.tiles_each * kHigh);", ""), ("end_row = (image + 1) * each;", ""),
+    ("first_row += image * (p.rows_each - p.tiles_each * kHigh);", ""), ("end_row = (image + 1) * p.rows_each;", ""),
     *alike(
         ("words = image * p.call.words;", "words = 0;"),
         ("conv_divide(of_rows, p.by_tiles)", "min(of_rows, p.call.batch - 1)"),
-        ("(each - p.tiles_each * kHigh)", "(each - kHigh)"), ("end_row = (image + 1) * each;", "end_row = each;"),
+        ("(p.rows_each - p.tiles_each * kHigh)", "(p.rows_each - kHigh)"),
+        ("end_row = (image + 1) * p.rows_each;", "end_row = p.rows_each;"),
         ("row < end_row ? row - first_row : 0", "row"),
         ("full, kUnit)", "full, kUnit / 2)"),
         ("ring.wait_empty();\n            barrier_expect", "barrier_expect"),
-        ("(rows_each + high - 1) / high", "rows_each / high"),
+        ("(p.rows_each + high - 1) / high", "p.rows_each / high"),
     ),
 ]  # fmt: skip
 SCORES_MISTAKES = [
@@ -231,7 +232,7 @@ SCORES_MISTAKES = [
         ("i++, channel += p.call.channels)", "i++)"),
         (NEXT_ROW + "x = moments.x[1]", NEXT_ROW + "x = moments.x[0]"),
         ("total += sums[j][k] = exp2_fast(sums[j][k] - most)", "total += sums[j][k] = exp2_fast(sums[j][k])"),
-        ("first_row + (of_x - image) * each", "first_row + (image - of_x) * each"),
+        ("first_row + (of_x - image) * p.rows_each", "first_row + (image - of_x) * p.rows_each"),
         ("if (kScores) of_x -= conv_divide(image, p.by_x_batch) * p.call.x_batch;", ""),
         ("first_filter / kConvWords * p.call.channels + unit", "unit"),
         ("* p.call.channels + unit * kConvDeep;", "* p.call.channels;"),

@@ -138,8 +138,8 @@ struct ConvTile {
     };
 
     __device__ __forceinline__ Norm norm_of(float x, float squares) const {
-        float mean = x / p.call.channels, square = squares / p.call.channels;
-        return {mean, rsqrtf(fmaxf(square - mean * mean, 0.f) + p.call.epsilon)};
+        float mean = x * p.each_channel, square = squares * p.each_channel;
+        return {mean, rsqrt_fast(fmaxf(square - mean * mean, 0.f) + p.call.epsilon)};
     }
 
     // A lane's part of a piece: its first row, the other being 8 below, its first column of y, and its first filter.

@@ -42,7 +42,7 @@ struct Plan {
     size_t workspace = 0;   // bytes
 };
 
-constexpr int32_t kBatchesHalf = 8, kBatchesFloat = 4;  // most vectors of a thread that stay in registers
+constexpr int32_t kBatchesHalf = 6, kBatchesFloat = 4;  // most vectors of a thread that stay in registers
 constexpr int32_t kThreads = 512, kThreadsPerChannel = 256, kLinearThreads = 512;
 constexpr int32_t kSlices = 128,
                   kBlocks = 264;                // two launches: most slices, and how many blocks fill a large GPU twice
