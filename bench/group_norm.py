@@ -36,7 +36,7 @@ from trt_builder.net import Net
 from trt_builder.weights import Weights
 
 WAYS = ("kernel", "overlap", "own", "builtin", "native")
-LAUNCHES = DEPTH = 40  # GroupNorms in a row, so that what a graph takes to begin is no part of it
+LAUNCHES = 20  # GroupNorms in a row
 LAUNCH_US = 2.0
 COPIED = 1 << 29  # bytes
 TOLERANCE = 2e-3
@@ -131,15 +131,17 @@ def graph_us(enqueue: Callable[[Any], None], replays: int) -> float:
     return float(np.median(times[5:]))
 
 
-def kernel_us(library: Any, norm: GroupNorm, replays: int, force: int = 0, overlap: bool = False) -> float:
-    """Microseconds of one GroupNorm, its kernels called without TensorRT."""
+def kernel_us(
+    library: Any, norm: GroupNorm, replays: int, force: int = 0, overlap: bool = False, depth: int = LAUNCHES
+) -> float:
+    """Microseconds of one of `depth` GroupNorms in a row, their kernels called without TensorRT."""
     with group_norm_on_gpu(library, norm, norm.arrays(), force, overlap) as on_gpu:
 
         def several(stream: Any) -> None:
-            for _ in range(LAUNCHES):
+            for _ in range(depth):
                 on_gpu.launch(stream)
 
-        return graph_us(several, replays) / LAUNCHES
+        return graph_us(several, replays) / depth
 
 
 def chain(flavour: Flavour, norm: GroupNorm, way: str, depth: int, arrays: dict[str, np.ndarray]) -> Any:
@@ -194,15 +196,15 @@ def plan_us(flavour: Flavour, plan: Any, arrays: dict[str, np.ndarray], replays:
         return 1000.0 * float(np.median(engine.graph_times(replays)))
 
 
-def engine_us(flavour: Flavour, norm: GroupNorm, way: str, replays: int) -> float | None:
-    """Microseconds of one GroupNorm of an engine; None where this way is not to be had."""
+def engine_us(flavour: Flavour, norm: GroupNorm, way: str, replays: int, depth: int = LAUNCHES) -> float | None:
+    """Microseconds of one of `depth` GroupNorms of an engine; None where this way is not to be had."""
     arrays = norm.arrays()
     try:
-        made = chain(flavour, norm, way, DEPTH, arrays)
+        made = chain(flavour, norm, way, depth, arrays)
     except ValueError as why:
         print(f"{way} {norm}: {why}", file=sys.stderr)
         return None
-    return plan_us(flavour, made, arrays, replays) / DEPTH
+    return plan_us(flavour, made, arrays, replays) / depth
 
 
 def copy_bandwidth(replays: int = 20) -> float:
@@ -243,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
     add_shape(make)
     add("--ways", default=",".join(WAYS), help="(%(default)s)")
     add("--replays", type=int, default=50, help="(%(default)s)")
+    add("--depth", type=int, default=LAUNCHES, help="so many in a row: a graph takes 5 µs to begin (%(default)s)")
     add("--check", action="store_true", help="no times: each shape once, against float64")
     add("--sweep", action="store_true", help="the kernels in every way that a shape can be cut")
     add("--flavour", choices=("tensorrt",), default="tensorrt", help="whose plugins (%(default)s)")
@@ -264,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return checked(library, counts) if options.check else sweep(library, counts, options.replays)
         flavour = get_flavour(options.flavour)
         compiled = find(flavour.trt.__version__, LIB)
-        measured = measure(flavour, compiled, counts, options.ways.split(","), options.replays)
+        measured = measure(flavour, compiled, counts, options.ways.split(","), options.replays, options.depth)
     except (ValueError, OSError) as why:
         print(f"bench.group_norm: {why}", file=sys.stderr)
         return 2
@@ -276,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    flavour: Flavour, compiled: Library, counts: Counter[GroupNorm], ways: Sequence[str], replays: int
+    flavour: Flavour, compiled: Library, counts: Counter[GroupNorm], ways: Sequence[str], replays: int, depth: int
 ) -> dict[str, Any]:
     """The times of every shape in every way, their sums weighted by how often a shape occurs, and the bandwidth."""
     library, bandwidth, rows = open_library(compiled.path), copy_bandwidth(), []
@@ -284,9 +287,9 @@ def measure(
         times: Times = {}
         for way in ways:
             if way in ("kernel", "overlap"):
-                times[way] = kernel_us(library, norm, replays, overlap=way == "overlap")
+                times[way] = kernel_us(library, norm, replays, overlap=way == "overlap", depth=depth)
             else:
-                times[way] = engine_us(flavour, norm, way, replays)
+                times[way] = engine_us(flavour, norm, way, replays, depth)
         cut = plan(library, norm.call(library.canny_max_cluster()))
         row: dict[str, Any] = {"shape": list(norm.shape), "row": norm.row_batch, "silu": norm.silu, "count": count}
         row |= {"path": cut.path, "blocks": int(np.prod(cut.grid)), "bytes": norm.moved}

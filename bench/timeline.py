@@ -2,6 +2,7 @@
 
 python -m bench.timeline measure ENGINES timeline.json
 python -m bench.timeline draw timeline.json timeline.png
+python -m bench.timeline draw kernels.json timeline.png      of what `python -m bench.kernels` has recorded
 """
 
 from __future__ import annotations
@@ -76,6 +77,27 @@ def spans(session: Session, steps: Steps, runs: int) -> list[dict[str, Any]]:
         ]
 
 
+def spans_of_kernels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stage, stream and times of the steps that these kernels are of, but for the first, during which the graph is
+    still launched. They are those of our plugins: a step ends in `last`, and the decoder begins where a skip is joined,
+    in the stream that ControlNet is in, too.
+    """
+    found: list[dict[str, Any]] = []
+    begin, main = 0, rows[-1]["stream"]
+    for end in (i + 1 for i, row in enumerate(rows) if "CannyLast" in row["name"]):
+        of_main = [row for row in rows[begin:end] if row["stream"] == main]
+        join = next(i for i, row in enumerate(of_main) if "JoinParams" in row["name"] or "CannyJoin" in row["name"])
+        side = [row for row in rows[begin:end] if row["stream"] != main]
+        parts = {"control": of_main[:join], "unet_encoder": side, "unet_decoder": of_main[join:]}
+        for stage, kernels in parts.items():
+            times = min(row["begin"] for row in kernels) / 1000, max(row["end"] for row in kernels) / 1000
+            found.append({"stage": stage, "side": stage == "unet_encoder", "begin": times[0], "end": times[1]})
+        begin = end
+    later = found[3:]
+    start = min(span["begin"] for span in later)
+    return [span | {"begin": span["begin"] - start, "end": span["end"] - start} for span in later]
+
+
 def draw(content: dict[str, Any], path: Path) -> None:
     """A bar for each stage, a line for each stream."""
     from matplotlib.figure import Figure
@@ -83,14 +105,15 @@ def draw(content: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 2.2), layout="constrained")
     axes = figure.subplots()
     colours = {"control": "#4477aa", "unet_encoder": "#66ccee", "unet_decoder": "#228833"}
-    for span in content["spans"]:
+    for span in content.get("spans") or spans_of_kernels(content["rows"]):
         line, length = int(span["side"]), span["end"] - span["begin"]
         axes.barh(line, length, left=span["begin"], height=0.7, color=colours[span["stage"]], edgecolor="white")
         text = f"{span['stage']}\n{length:.2f} ms"
         axes.text(span["begin"] + length / 2, line, text, ha="center", va="center", fontsize=7)
     axes.set_yticks([0, 1], ["main stream", "side stream"])
     axes.invert_yaxis()
-    axes.set_xlabel(f"milliseconds · {content['gpu']}")
+    traced = "" if "spans" in content else ", recorded kernel by kernel"
+    axes.set_xlabel(f"milliseconds · {content['gpu']}{traced}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=160)
 

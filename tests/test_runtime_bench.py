@@ -91,6 +91,22 @@ def test_the_timeline_has_three_stages_a_step(engines, tmp_path, monkeypatch):
     assert min(read_image(picture).shape[:2]) > 200
 
 
+def test_the_timeline_of_recorded_kernels(tmp_path):
+    """Three steps of three milliseconds, of which the first is left out: the side stream ends before the main one."""
+    kernels = [("a", 1, 0, 1), ("b", 2, 0.5, 1.5), ("c", 1, 1, 2), ("dJoinParams", 1, 2, 2.5), ("CannyLast", 1, 2.5, 3)]
+    rows = [
+        {"name": name, "stream": stream, "begin": 1000 * (3 * step + begin), "end": 1000 * (3 * step + end)}
+        for step in range(3) for name, stream, begin, end in kernels
+    ]  # fmt: skip
+    spans = bench.timeline.spans_of_kernels(rows)
+    one = [("control", False, 0, 2), ("unet_encoder", True, 0.5, 1.5), ("unet_decoder", False, 2, 3)]
+    expected = [(stage, side, begin + at, end + at) for at in (0, 3) for stage, side, begin, end in one]
+    assert [tuple(span.values()) for span in spans] == expected
+    source, picture = tmp_path / "kernels.json", tmp_path / "timeline.png"
+    source.write_text(json.dumps({"gpu": "fake", "rows": rows}))
+    assert bench.timeline.main(["draw", str(source), str(picture)]) == 0 and picture.stat().st_size > 1000
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_the_peers_make_the_references_picture(model, batched):
     given = bench.ours.arguments(64, 64)
