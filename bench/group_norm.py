@@ -259,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         here = measured_on()
+        if options.depth < 1 or options.replays < 1:
+            raise ValueError("--depth and --replays must be at least 1.")
         wanted = norms(ModelConfig.load(options.model), Shape(options.height, options.width, options.samples))
         counts = sum(wanted.values(), Counter())
         if options.check or options.sweep:
