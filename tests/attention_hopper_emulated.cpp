@@ -1,21 +1,16 @@
 // The attention kernels of plugins/attention/hopper.cuh, as they are written, on a CPU.
 #define EMULATE_CUDA
-#include <cstdio>
-
 #include "hopper.cuh"
 
 // Do one attention; 0, 1 where there is no such kernel for it, 2 for what the emulator found wrong.
 extern "C" int emulate_attention(const CannyAttention* call, int order) {
-    try {
+    return emulator::status([&] {
         auto launch = [&](auto kernel, dim3 grid, int cluster, int threads, int bytes, const canny::HopperWork& work) {
             emulator::launch<const canny::HopperWork>(kernel, grid, cluster, threads, bytes, work, order);
             return true;
         };
-        return canny::run_hopper_attention(*call, launch) ? 0 : 1;
-    } catch (const std::exception& error) {
-        fprintf(stderr, "%s\n", error.what());
-        return 2;
-    }
+        return canny::run_hopper_attention(*call, launch);
+    });
 }
 
 // How a call is cut: blocks, warpgroups of a block, blocks of a cluster, bytes of shared memory; false where there is

@@ -1,7 +1,5 @@
 // The kernels of plugins/conv, as they are written, on a CPU.
 #define EMULATE_CUDA
-#include <cstdio>
-
 #include "kernel.cuh"
 
 // To compile kernels takes longest. EMULATE_WIDE asks for those of tiles so wide alone, with or without a LayerNorm, which
@@ -80,19 +78,16 @@ NO_VALUES(2)
 // Do one convolution; 0, 1 where there is no kernel for it, 2 for what the emulator found wrong, 3 where its kernel was not
 // compiled. turned: tiles of rows are neighbours in the grid where those of filters would be, or the other way round.
 static int emulate(const CannyConv& call, int order, bool turned) {
-    try {
+    absent = false;
+    int status = emulator::status([&] {
         auto launch = [&](auto kernel, dim3 grid, int cluster, int threads, int bytes, canny::ConvWork work) {
             if (turned) std::swap(grid.y, grid.z), work.params.rows_beside = !work.params.rows_beside;
             emulator::launch<const canny::ConvWork>(kernel, grid, cluster, threads, bytes, work, order);
             return true;
         };
-        absent = false;
-        if (!canny::run_conv(call, launch)) return 1;
-        return absent ? 3 : 0;
-    } catch (const std::exception& error) {
-        fprintf(stderr, "%s\n", error.what());
-        return 2;
-    }
+        return canny::run_conv(call, launch);
+    });
+    return status == 0 && absent ? 3 : status;
 }
 
 extern "C" int emulate_conv(const CannyConv* call, int order) { return emulate(*call, order, false); }

@@ -1,7 +1,5 @@
 // The kernels of plugins/ends, as they are written, on a CPU.
 #define EMULATE_CUDA
-#include <cstdio>
-
 #include "first.cuh"
 #include "last.cuh"
 
@@ -9,16 +7,12 @@ namespace {
 
 template <typename Call, typename Run>
 int emulate(const Call& call, int order, Run run) {
-    try {
-        bool done = run(call, [&](auto kernel, dim3 grid, int threads, int bytes, const Call& p) {
+    return emulator::status([&] {
+        return run(call, [&](auto kernel, dim3 grid, int threads, int bytes, const Call& p) {
             emulator::launch<const Call>(kernel, grid, 1, threads, bytes, p, order);
             return true;
         });
-        return done ? 0 : 1;
-    } catch (const std::exception& error) {
-        fprintf(stderr, "%s\n", error.what());
-        return 2;
-    }
+    });
 }
 
 }  // namespace

@@ -1,7 +1,5 @@
 // The GroupNorm kernels of plugins/group_norm, as they are written, on a CPU.
 #define EMULATE_CUDA
-#include <cstdio>
-
 #include "kernel.cuh"
 #include "tokens/kernel.cuh"
 
@@ -22,12 +20,7 @@ auto launcher(int order) {
 template <typename Run>
 int emulate(Run run) {
     launches = 0;
-    try {
-        return run() ? 0 : 1;
-    } catch (const std::exception& error) {
-        fprintf(stderr, "%s\n", error.what());
-        return 2;
-    }
+    return emulator::status(run);
 }
 
 #ifndef EMULATE_JOINS

@@ -13,6 +13,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -281,6 +282,17 @@ void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t 
         unsigned at = order == 1 ? count - 1 - i : i, x = at % across * cluster_size, line = at / across;
         for (int b = 0; b < cluster_size; b++) blocks[b].index = dim3(x + b, line % grid.y, line / grid.y);
         run_cluster(cluster_size, threads, shared, sequence, order > 1 ? &random : nullptr);
+    }
+}
+
+// Of a call: 0, 1 where `run` finds no kernel for it, 2 where something was wrong, which is printed.
+template <typename Run>
+int status(Run run) {
+    try {
+        return run() ? 0 : 1;
+    } catch (const std::exception& error) {
+        fprintf(stderr, "%s\n", error.what());
+        return 2;
     }
 }
 
