@@ -144,7 +144,7 @@ class Conv:
         if self.gate:
             made |= {name: by_eights(made[name]) for name in ("weight", "bias")}
         if self.up:
-            made["weight"] = up_phases(made["weight"], np.float16)
+            made["weight"] = up_phases(made["weight"]).astype(np.float16)
         if self.norm:
             folded = fold_norm(*(made.pop(name) for name in ("weight", "bias", "gamma", "beta")))
             made |= zip(("weight", "bias", "weight_sums"), folded, strict=True)

@@ -142,12 +142,8 @@ def has_conv_kernel(shape: Sequence[int], weight: Sequence[int], stride: int, up
     doubled along both axes.
     """
     (batch, _, h, w), (filters, channels, size, _) = shape, weight
-    if (
-        size not in ((3,) if up else (1, 3))
-        or stride not in (1, 2)
-        or filters % CONV_MULTIPLE
-        or channels % CONV_MULTIPLE
-    ):
+    sizes = (3,) if up else (1, 3)
+    if size not in sizes or stride not in (1, 2) or filters % CONV_MULTIPLE or channels % CONV_MULTIPLE:
         return False
     lines, columns = -(-h // stride), -(-w // stride)
     # Its smallest tile has 64 positions in a row: from the first of x to the last, and a border of a line and one.
@@ -188,12 +184,23 @@ def conv_blocks(*weights: np.ndarray) -> np.ndarray:
     return np.concatenate(made, 1)
 
 
-def up_phases(weight: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+def rounded(exact: np.ndarray, dtype: Any, what: str, instead: str) -> np.ndarray:
+    """What was made of weights, in the type that a kernel reads it in.
+
+    Raises ValueError where a number becomes too large for that: what they are, and which option does without.
+    """
+    with np.errstate(over="ignore"):
+        made = exact.astype(dtype)
+    if not np.isfinite(made).all():
+        raise ValueError(f"{what} too large for {np.dtype(dtype)}: use {instead}.")
+    return made
+
+
+def up_phases(weight: np.ndarray) -> np.ndarray:
     """A weight (D, C, 3, 3) of a map that is doubled along both axes, as those of its four phases: (4·D, C, 2, 2).
 
     Phases are even lines and even columns, even and odd, odd and even, odd and odd. Of three taps along an axis two
-    fall on the same position of the map itself. Their sums are made in float32 and rounded once; one that is too large
-    becomes infinite.
+    fall on the same position of the map itself. Their sums are in float32, to be rounded once.
     """
 
     def halves(weight: np.ndarray, axis: int) -> np.ndarray:
@@ -201,17 +208,16 @@ def up_phases(weight: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
         even, odd = (first, middle + last), (first + middle, last)
         return np.stack([np.concatenate(phase, axis) for phase in (even, odd)])
 
-    exact = halves(halves(weight.astype(np.float32), -2), -1).swapaxes(0, 1)
-    with np.errstate(over="ignore"):
-        return exact.reshape(-1, *exact.shape[3:]).astype(dtype)
+    phases = halves(halves(weight.astype(np.float32), -2), -1).swapaxes(0, 1)
+    return phases.reshape(-1, *phases.shape[3:])
 
 
-def up_taps(weight: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+def up_taps(weight: np.ndarray) -> np.ndarray:
     """The same as one transposed convolution of stride 2 within a border of one: (C, D, 4, 4)."""
     filters, channels = weight.shape[:2]
-    phases = up_phases(weight, dtype).reshape(2, 2, filters, channels, 2, 2)
+    phases = up_phases(weight).reshape(2, 2, filters, channels, 2, 2)
     # Even lines have taps 3 and 1 of its four, odd ones 2 and 0.
-    taps = np.empty((channels, filters, 4, 4), dtype)
+    taps = np.empty((channels, filters, 4, 4), np.float32)
     for line, column in np.ndindex(2, 2):
         taps[:, :, 3 - line :: -2, 3 - column :: -2] = phases[line, column].swapaxes(0, 1)
     return taps
@@ -257,11 +263,6 @@ def fold_norm(
     plugin takes the mean away by, (D) in float32. Raises ValueError where a weight becomes too large for its type.
     """
     exact = weight[:, :, 0, 0].astype(np.float64)
-    with np.errstate(over="ignore"):
-        folded = (exact * gamma).astype(weight.dtype)
-    if not np.isfinite(folded).all():
-        raise ValueError(
-            f"a weight times its LayerNorm's scale is too large for {weight.dtype}: use --layer-norm apart."
-        )
+    folded = rounded(exact * gamma, weight.dtype, "a weight times its LayerNorm's scale is", "--layer-norm apart")
     sums = folded.astype(np.float64).sum(1).astype(np.float32)
     return folded.reshape(weight.shape), (bias + exact @ beta).astype(np.float32), sums

@@ -238,13 +238,13 @@ def test_phases_of_a_doubled_map_are_pytorchs() -> None:
     given = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(s, generator=given, dtype=torch.float64) for s in ((8, 4, 3, 3), (2, 4, 5, 7)))
     expected = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x, scale_factor=2), weight, padding=1)
-    phases = up_phases(weight.numpy(), np.float64)
+    phases = up_phases(weight.numpy()).astype(np.float64)
     assert phases.shape == (32, 4, 2, 2)
     y = torch.nn.functional.conv2d(x, torch.from_numpy(phases), padding=1).reshape(2, 2, 2, 8, 6, 8)
     for line, column in product((0, 1), (0, 1)):
         part = y[:, line, column, :, line : line + 5, column : column + 7]
         torch.testing.assert_close(part, expected[:, :, line::2, column::2], atol=1e-5, rtol=0)
-    taps = torch.from_numpy(up_taps(weight.numpy(), np.float64))
+    taps = torch.from_numpy(up_taps(weight.numpy()).astype(np.float64))
     transposed = torch.nn.functional.conv_transpose2d(x, taps, stride=2, padding=1)
     torch.testing.assert_close(transposed, expected, atol=1e-5, rtol=0)
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from plugins.load import fold_norm, text_columns  # noqa: E402
 from trt_builder.clip import has_own_encoder  # noqa: E402
 from trt_builder.config import CLIPConfig, ModelConfig, Options, Shape  # noqa: E402
 from trt_builder.flavour import Flavour, get_flavour  # noqa: E402
+from trt_builder.layers import upsample  # noqa: E402
 from trt_builder.net import Net  # noqa: E402
 from trt_builder.text import folded_texts  # noqa: E402
 from trt_builder.unet import one_after_the_other  # noqa: E402
@@ -150,6 +152,17 @@ def test_weights_one_after_the_other_must_fit() -> None:
             continue
         with pytest.raises(ValueError, match="weight of b times that before it is too large for float16: use --conv"):
             one_after_the_other(net.at("a"), net.at("b"))
+
+
+@pytest.mark.parametrize(("ours", "instead"), [(True, "--conv builtin"), (False, "--upsample apart")])
+def test_sums_of_taps_must_fit(monkeypatch: pytest.MonkeyPatch, ours: bool, instead: str) -> None:
+    """By our plugin, and as a transposed convolution."""
+    monkeypatch.setattr(Flavour, "has_conv_plugin", lambda *given: ours)
+    given = {"up.conv.weight": np.full((64, 64, 3, 3), 2e4), "up.conv.bias": np.ones(64)}
+    options = Options(upsample="folded")
+    net = Net(None, get_flavour("tensorrt_rtx"), Weights.from_dict(given), options, "", "", np.float16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"sums of taps of up.conv are too large for float16: use {instead}."):
+        upsample(net.at("up"), SimpleNamespace(shape=(1, 64, 4, 4)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("qkv", ["joined", "apart"])

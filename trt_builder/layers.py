@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plugins.load import ADD, CONV, GROUP_NORM, LAYER_NORM, by_eights, conv_blocks, fold_norm, up_phases, up_taps
+from plugins.load import (
+    ADD,
+    CONV,
+    GROUP_NORM,
+    LAYER_NORM,
+    by_eights,
+    conv_blocks,
+    fold_norm,
+    rounded,
+    up_phases,
+    up_taps,
+)
 from trt_builder.net import Net
 
 if TYPE_CHECKING:
@@ -184,10 +195,8 @@ def own_conv(
         gamma, beta = (norm.float32().weight(one) for one in ("weight", "bias"))
         weight, bias, of_filters = fold_norm(weight, bias, gamma, beta)
         sums = [exact.constant(of_filters, of_filters.shape, f"{name}weight_sums")]
-    blocks = conv_blocks(up_phases(weight, net.dtype) if up else weight, *(of_map for _, of_map in second))
-    if up and not np.isfinite(blocks).all():
-        where = ".".join(net.path)
-        raise ValueError(f"sums of taps of {where} are too large for float16: use --conv builtin.")
+    by = rounded(up_phases(weight), net.dtype, sums_of_taps(net), "--conv builtin") if up else weight
+    blocks = conv_blocks(by, *(of_map for _, of_map in second))
     w = net.constant(blocks, blocks.shape, f"{name}weight")
     b = exact.constant(bias, (len(weight),), f"{name}bias")
     inputs = [x, w, b, *sums, *(a_map for a_map, _ in second), *([] if residual is None else [residual])]
@@ -314,6 +323,11 @@ def own_outputs(
     return [net.add(layer, what), *(layer.get_output(i) for i in range(1, count))]
 
 
+def sums_of_taps(net: Net) -> str:
+    """What an error calls what upsampling makes of the weight at this place."""
+    return f"sums of taps of {'.'.join(net.path)} are"
+
+
 def upsample(net: Net, x: trt.ITensor) -> trt.ITensor:
     """Nearest neighbours, then a 3×3 convolution: (B, C, h, w) → (B, D, 2h, 2w). Our plugin makes no map between."""
     after = net.at("conv")
@@ -321,8 +335,8 @@ def upsample(net: Net, x: trt.ITensor) -> trt.ITensor:
         exact = after.float32()
         return own_conv(after, x, exact.weight(), exact.weight("bias"), up=True)
     if net.options.upsample == "folded":
-        weight = net.weights.keep(up_taps(after.float32().weight(), net.dtype))
-        layer = net.network.add_deconvolution_nd(x, weight.shape[1], (4, 4), weight, after.weight("bias"))
+        taps = rounded(up_taps(after.float32().weight()), net.dtype, sums_of_taps(after), "--upsample apart")
+        layer = net.network.add_deconvolution_nd(x, taps.shape[1], (4, 4), net.weights.keep(taps), after.weight("bias"))
         layer.stride_nd, layer.padding_nd = (2, 2), (1, 1)
         return after.add(layer)
     layer = net.network.add_resize(x)

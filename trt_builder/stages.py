@@ -185,7 +185,7 @@ def hint(stage: Stage) -> None:
 def time(stage: Stage) -> None:
     """`timesteps` (S,) → `<stage>.row<i>` (S, C_i) of each ResBlock.
 
-    In single precision up to the rows: they are made once a picture, and every step of it has their error.
+    In single precision up to the rows: they are made once a schedule, and every picture by it has their error.
     """
     config = stage.config
     timesteps = stage.input("timesteps", (stage.shape.steps,), np.int32)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugins.load import CROSS, text_columns
+from plugins.load import CROSS, rounded, text_columns
 from trt_builder.config import ModelConfig, Shape
 from trt_builder.layers import LAYER_NORM_EPSILON, own, own_conv, reshape, takes_own_conv
 from trt_builder.net import Net
@@ -100,13 +100,8 @@ def text_weight(attn: Net, norm: Net, heads: int) -> np.ndarray:
     values = to_out.reshape(channels, heads, width).swapaxes(0, 1) @ to_v.reshape(heads, width, depth)
     rows = np.concatenate([keys.reshape(-1, depth), values.reshape(-1, depth), beta @ scores])
     weight = np.zeros((text_columns(heads, channels), depth, 1, 1), attn.dtype)
-    with np.errstate(over="ignore"):
-        weight[: len(rows), :, 0, 0] = rows
-    if not np.isfinite(weight).all():
-        where = ".".join(attn.path)
-        raise ValueError(
-            f"the weights of {where} times each other are too large for float16: use --cross-attention apart."
-        )
+    what = f"the weights of {'.'.join(attn.path)} times each other are"
+    weight[: len(rows), :, 0, 0] = rounded(rows, attn.dtype, what, "--cross-attention apart")
     return weight
 
 

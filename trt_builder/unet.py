@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plugins.load import FIRST, GEGLU, first_blocks
+from plugins.load import FIRST, GEGLU, first_blocks, rounded
 from trt_builder.attention import attention, attention_over_itself
 from trt_builder.config import Block, UNetConfig
 from trt_builder.layers import (
@@ -83,11 +83,8 @@ def one_after_the_other(first: Net, last: Net) -> tuple[np.ndarray, np.ndarray]:
     """
     inner, outer = first.float32(), last.float32()
     by = outer.weight()[:, :, 0, 0]
-    with np.errstate(over="ignore"):
-        weight = (by @ inner.weight()).astype(last.dtype)
-    if not np.isfinite(weight).all():
-        where = ".".join(last.path)
-        raise ValueError(f"the weight of {where} times that before it is too large for float16: use --conv builtin.")
+    what = f"the weight of {'.'.join(last.path)} times that before it is"
+    weight = rounded(by @ inner.weight(), last.dtype, what, "--conv builtin")
     return weight[:, :, None, None], by @ inner.weight("bias") + outer.weight("bias")
 
 
