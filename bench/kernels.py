@@ -33,7 +33,7 @@ from runtime.session import Session
 from runtime.steps import Steps
 from trt_builder.terminal import short
 
-STEPS = 3  # the middle one has others on both sides
+STEPS = 3  # the middle one has others on both sides; how one meets the next is part of a picture of them
 BUFFER = 8 << 20  # bytes that CUPTI writes its records into at a time
 INSTALL = "run `pip install cupti-python==13.0.1` and put the directory of libcupti.so.13 on LD_LIBRARY_PATH"
 
@@ -168,18 +168,24 @@ def rows_of(launches: Sequence[Sequence[Record]]) -> list[dict[str, Any]]:
     ]
 
 
+def steps_of(rows: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
+    """The rows of each step, in the order of the capture. Raises ValueError where the steps are not equal."""
+    size = len(rows) // STEPS
+    names = [row["name"] for row in rows]
+    if names != names[:size] * STEPS:
+        raise ValueError(f"the {len(rows)} kernels of a launch are not {STEPS} equal steps: nothing is known of one.")
+    return [rows[i * size : (i + 1) * size] for i in range(STEPS)]
+
+
 def middle_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the middle one of three equal steps in order of their ends, with `kind` and `exposed` time (µs).
 
     It lasts from the end of the last kernel of the step before, so that this is what `exposed` adds up to. rows: in the
     order of the capture. Raises ValueError where the steps are not equal.
     """
-    size = len(rows) // STEPS
-    names = [row["name"] for row in rows]
-    if names != names[:size] * STEPS:
-        raise ValueError(f"the {len(rows)} kernels of a launch are not {STEPS} equal steps: nothing is known of one.")
-    step = sorted(rows[size : 2 * size], key=itemgetter("end"))
-    ends = [rows[size - 1]["end"], *(row["end"] for row in step)]
+    before, middle, _ = steps_of(rows)
+    step = sorted(middle, key=itemgetter("end"))
+    ends = [before[-1]["end"], *(row["end"] for row in step)]
     return [row | {"kind": kind_of(row["name"]), "exposed": row["end"] - ends[i]} for i, row in enumerate(step)]
 
 

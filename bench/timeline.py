@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.kernels import STEPS, steps_of
 from bench.ours import COMPETITION, WARM_UP, arguments
 from runtime.engine import check, gpu
 from runtime.manifest import EngineError, Manifest
@@ -23,8 +24,6 @@ from runtime.memory import Resources
 from runtime.pipeline import Canny2Image
 from runtime.session import Session
 from runtime.steps import Steps
-
-STEPS = 3  # that are shown: how one meets the next is part of it
 
 
 def measure(folder: Path, runs: int) -> dict[str, Any]:
@@ -79,23 +78,27 @@ def spans(session: Session, steps: Steps, runs: int) -> list[dict[str, Any]]:
 
 def spans_of_kernels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stage, stream and times of the steps that these kernels are of, but for the first, during which the graph is
-    still launched. They are those of our plugins: a step ends in `last`, and the decoder begins where a skip is joined,
-    in the stream that ControlNet is in, too.
+    still launched. The decoder begins where our plugin joins a skip, in the stream that ControlNet is in, too.
+
+    Raises ValueError where the steps are not equal, or nothing is joined.
     """
-    found: list[dict[str, Any]] = []
-    begin, main = 0, rows[-1]["stream"]
-    for end in (i + 1 for i, row in enumerate(rows) if "CannyLast" in row["name"]):
-        of_main = [row for row in rows[begin:end] if row["stream"] == main]
-        join = next(i for i, row in enumerate(of_main) if "JoinParams" in row["name"] or "CannyJoin" in row["name"])
-        side = [row for row in rows[begin:end] if row["stream"] != main]
-        parts = {"control": of_main[:join], "unet_encoder": side, "unet_decoder": of_main[join:]}
+
+    def joins(row: dict[str, Any]) -> bool:
+        return "JoinParams" in row["name"] or "CannyJoin" in row["name"]
+
+    if not any(map(joins, rows)):
+        raise ValueError("no kernel of these joins a skip: where the decoder begins is not known.")
+    found, main = [], rows[-1]["stream"]
+    _, *later = steps_of(rows)
+    start = min(row["begin"] for row in later[0])
+    for step in later:
+        of_main, side = ([row for row in step if (row["stream"] == main) == own] for own in (True, False))
+        decoder = [*map(joins, of_main)].index(True)
+        parts = {"control": of_main[:decoder], "unet_encoder": side, "unet_decoder": of_main[decoder:]}
         for stage, kernels in parts.items():
-            times = min(row["begin"] for row in kernels) / 1000, max(row["end"] for row in kernels) / 1000
-            found.append({"stage": stage, "side": stage == "unet_encoder", "begin": times[0], "end": times[1]})
-        begin = end
-    later = found[3:]
-    start = min(span["begin"] for span in later)
-    return [span | {"begin": span["begin"] - start, "end": span["end"] - start} for span in later]
+            begin, end = min(row["begin"] for row in kernels) - start, max(row["end"] for row in kernels) - start
+            found.append({"stage": stage, "side": kernels is side, "begin": begin / 1000, "end": end / 1000})
+    return found
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -105,7 +108,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 2.2), layout="constrained")
     axes = figure.subplots()
     colours = {"control": "#4477aa", "unet_encoder": "#66ccee", "unet_decoder": "#228833"}
-    for span in content.get("spans") or spans_of_kernels(content["rows"]):
+    for span in content.get("spans") or spans_of_kernels(content.get("rows", [])):
         line, length = int(span["side"]), span["end"] - span["begin"]
         axes.barh(line, length, left=span["begin"], height=0.7, color=colours[span["stage"]], edgecolor="white")
         text = f"{span['stage']}\n{length:.2f} ms"

@@ -91,7 +91,7 @@ def test_the_timeline_has_three_stages_a_step(engines, tmp_path, monkeypatch):
     assert min(read_image(picture).shape[:2]) > 200
 
 
-def test_the_timeline_of_recorded_kernels(tmp_path):
+def test_the_timeline_of_recorded_kernels(tmp_path, capsys):
     """Three steps of three milliseconds, of which the first is left out: the side stream ends before the main one."""
     kernels = [("a", 1, 0, 1), ("b", 2, 0.5, 1.5), ("c", 1, 1, 2), ("dJoinParams", 1, 2, 2.5), ("CannyLast", 1, 2.5, 3)]
     rows = [
@@ -105,6 +105,10 @@ def test_the_timeline_of_recorded_kernels(tmp_path):
     source, picture = tmp_path / "kernels.json", tmp_path / "timeline.png"
     source.write_text(json.dumps({"gpu": "fake", "rows": rows}))
     assert bench.timeline.main(["draw", str(source), str(picture)]) == 0 and picture.stat().st_size > 1000
+    for wrong, said in ((rows[1:], "not 3 equal steps"), ([], "no kernel of these joins a skip")):
+        source.write_text(json.dumps({"gpu": "fake", "rows": wrong}))
+        assert bench.timeline.main(["draw", str(source), str(picture)]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batched", [False, True])
