@@ -51,6 +51,14 @@ cudaError_t launch_early(
     return launch_kernel(kernel, grid, threads, bytes, stream, params, cluster, can);
 }
 
+// What launches a call's kernels early on a stream, and keeps the error.
+inline auto launcher(cudaStream_t stream, cudaError_t& error) {
+    return [stream, &error](auto kernel, dim3 grid, int32_t threads, int32_t bytes, const auto& call) {
+        error = launch_early(kernel, grid, threads, bytes, stream, call);
+        return error == cudaSuccess;
+    };
+}
+
 // Whether the first GPU that was asked about, and so each of this process, is of compute capability 9.0.
 inline bool is_hopper() {
     int device = 0, major = 0, minor = 0;

@@ -4,12 +4,7 @@
 
 // Do one attention; 0, 1 where there is no kernel for it, 2 for what the emulator found wrong.
 extern "C" int emulate_attention(const CannyAttention* call, int order) {
-    return emulator::status([&] {
-        return canny::run_attention(*call, [&](auto kernel, dim3 grid, int threads, size_t bytes, const auto& p) {
-            emulator::launch<const CannyAttention>(kernel, grid, 1, threads, bytes, p, order);
-            return true;
-        });
-    });
+    return emulator::status([&] { return canny::run_attention(*call, emulator::launcher(order)); });
 }
 
 // How a call is cut: blocks, warps, groups, bytes of shared memory; false where there is no kernel for it.

@@ -52,11 +52,7 @@ inline DimsExprs shape_of(Plugin& plugin, DimsExprs const* in, int32_t inputs, S
 
 inline void probe_cross(Creator& creator) {
     MUST(!std::strcmp(creator.getPluginName(), "CannyCross") && creator.getFieldNames()->nbFields == 5);
-    auto refused = [&](auto change) {
-        Halves wrong;
-        change(wrong);
-        return create(creator, wrong) == nullptr;
-    };
+    auto refused = refusing<Halves>(creator);
     MUST(refused([](Halves& g) { g.version = 2; }));
     MUST(refused([](Halves& g) { g.values = 2; }));
     MUST(refused([](Halves& g) { g.beside = 3; }));

@@ -285,6 +285,14 @@ void launch(void (*kernel)(P), dim3 grid, int cluster_size, int threads, size_t 
     }
 }
 
+// What does a call's kernels, of blocks without clusters.
+inline auto launcher(int order) {
+    return [order](auto kernel, dim3 grid, int threads, size_t shared, const auto& call) {
+        launch<const std::decay_t<decltype(call)>>(kernel, grid, 1, threads, shared, call, order);
+        return true;
+    };
+}
+
 // Of a call: 0, 1 where `run` finds no kernel for it, 2 where something was wrong, which is printed.
 template <typename Run>
 int status(Run run) {

@@ -154,6 +154,16 @@ Dims dims(std::initializer_list<int> sizes) {
     return made;
 }
 
+// Whether a plugin's fields are refused with a change of them.
+template <typename Fields>
+auto refusing(Creator& creator) {
+    return [&creator](auto change) {
+        Fields wrong;
+        change(wrong);
+        return create(creator, wrong) == nullptr;
+    };
+}
+
 #include "cross_probe.hpp"
 #include "ends_probe.hpp"
 
@@ -241,11 +251,7 @@ int main(int, char** arguments) {
     MUST(made == half);
     end(plugin);
 
-    auto refused = [&](auto change) {
-        Given wrong;
-        change(wrong);
-        return create(creator, wrong) == nullptr;
-    };
+    auto refused = refusing<Given>(creator);
     MUST(refused([](Given& g) { g.version = 2; }));
     MUST(refused([](Given& g) { g.groups = 0; }));
     MUST(refused([](Given& g) { g.epsilon = NAN; }));

@@ -10,9 +10,6 @@ int32_t canny_attention(const CannyAttention* call, cudaStream_t stream) {
     cudaError_t error = canny::hopper_attention_of(other, stream);
     if (error != cudaErrorNotSupported) return error;
     if (other.groups < 0) other.groups = 0;
-    canny::run_attention(other, [&](auto kernel, dim3 grid, int32_t threads, int32_t bytes, const CannyAttention& p) {
-        error = canny::launch_early(kernel, grid, threads, bytes, stream, p);
-        return error == cudaSuccess;
-    });
+    canny::run_attention(other, canny::launcher(stream, error));
     return error;
 }

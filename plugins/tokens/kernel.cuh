@@ -111,23 +111,23 @@ __global__ void __launch_bounds__(kGateThreads) join(const CannyJoin p) {
     y.store(static_cast<__half*>(p.y) + position * both + at);
 }
 
-// Do a call with `launch(kernel, blocks, threads, call)`; false where its shape has no kernel.
+// Do a call with `launch(kernel, blocks, threads, bytes, call)`; false where its shape has no kernel.
 template <typename Launch>
 bool run_layer_norm(const CannyLayerNorm& call, Launch&& launch) {
     if (call.tokens < 1 || call.channels < 1 || call.channels % kWidth) return false;
     dim3 grid((call.tokens + kNormWarps - 1) / kNormWarps);
     int32_t held = (call.channels / kWidth + 31) / 32;
-    if (held <= 2) return launch(layer_norm<2>, grid, 32 * kNormWarps, call);
-    if (held <= 3) return launch(layer_norm<3>, grid, 32 * kNormWarps, call);
-    if (held <= 5) return launch(layer_norm<5>, grid, 32 * kNormWarps, call);
-    return held <= 8 && launch(layer_norm<8>, grid, 32 * kNormWarps, call);
+    if (held <= 2) return launch(layer_norm<2>, grid, 32 * kNormWarps, 0, call);
+    if (held <= 3) return launch(layer_norm<3>, grid, 32 * kNormWarps, 0, call);
+    if (held <= 5) return launch(layer_norm<5>, grid, 32 * kNormWarps, 0, call);
+    return held <= 8 && launch(layer_norm<8>, grid, 32 * kNormWarps, 0, call);
 }
 
 // A kernel with this many threads, whose threads have a vector each.
 template <typename Call, typename Launch>
 bool run_vectors(void (*kernel)(const Call), int64_t threads, const Call& call, Launch&& launch) {
     int64_t blocks = (threads + kGateThreads - 1) / kGateThreads;
-    return blocks <= INT32_MAX && launch(kernel, dim3(uint32_t(blocks)), kGateThreads, call);
+    return blocks <= INT32_MAX && launch(kernel, dim3(uint32_t(blocks)), kGateThreads, 0, call);
 }
 
 template <typename Launch>
