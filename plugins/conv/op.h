@@ -87,7 +87,8 @@ struct ConvOp {
         int32_t stages = (taps * int32_t(x.d[1]) + (f.second ? int32_t(second.d[1]) : 0)) / 64;
         bool fits = weight.nbDims == 4 && weight.d[1] == stages && weight.d[2] == 64 && weight.d[3] == 64;
         if (!fits || bias.nbDims != 1 || phases * bias.d[0] != 64 * weight.d[0])
-            return std::string("the weight must have the shape (") + (f.up ? "4·" : "") + "D / 64, " + std::to_string(stages) + ", 64, 64) and the bias (D)";
+            return std::string("the weight must have the shape (") + (f.up ? "4·" : "") + "D / 64, " +
+                   std::to_string(stages) + ", 64, 64) and the bias (D)";
         if (f.norm && (sums.nbDims != 1 || sums.d[0] != bias.d[0]))
             return "the sums of the filters' weights must have the shape (" + std::to_string(bias.d[0]) + ")";
         if (!f.residual) return "";

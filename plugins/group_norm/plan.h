@@ -150,15 +150,14 @@ inline Plan make_plan(const Shape& shape, int32_t max_cluster, int32_t force = 0
         if (plan.batches <= 2) break;
     }
     // A last few clusters that find no place take as long as all the others: better fewer blocks with more each.
+    auto late = [&] { return chosen.path != Path::kNone && plan_turns(chosen, shape.batch) == 2 && !force; };
     for (int32_t slices : {6, 5, 3}) {
-        bool late = chosen.path != Path::kNone && plan_turns(chosen, shape.batch) == 2 && !force;
-        if (slices > max_cluster || slices > shape.positions || (!late && force != slices)) continue;
-        Plan plan = plan_one_launch(shape, slices, late ? 128 : 64);
+        if (slices > max_cluster || slices > shape.positions || (!late() && force != slices)) continue;
+        Plan plan = force ? plan_one_launch(shape, slices) : plan_one_launch(shape, slices, 128);
         if (plan.batches <= most && (force || plan_turns(plan, shape.batch) == 1)) chosen = plan;
     }
     // Tiles of half a line are slow to read where there are few blocks; then the map is rather read twice.
-    bool late = chosen.path != Path::kNone && chosen.batches > 2 && plan_turns(chosen, shape.batch) == 2 && !force;
-    if (late && chosen.tile * (shape.half ? 2 : 4) < 128) chosen = none;
+    if (late() && chosen.batches > 2 && chosen.tile * (shape.half ? 2 : 4) < 128) chosen = none;
     if (chosen.path != Path::kNone || force > 0) return chosen;
     chosen = plan_two_launches(shape);
     return chosen.lanes ? chosen : none;
